@@ -1,0 +1,421 @@
+"""The generator of the scholar: a VAE wrapped into a trainable strategy, and its visualizer.
+
+In:  the constants below and a stream of experiences.  Out: a generator strategy for
+GenerativeReplay.py; run as a script, a picture of what the generator remembers after each one.
+The constants, the data and the stream stand here for both scripts.
+Run: `python Generator.py`.  Before: TrainingInstances.py, next: GenerativeReplay.py.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType, SimpleNamespace
+from typing import NoReturn
+
+# ------------------------------------------------------------------------------------------------
+# Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
+# `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
+DATASET = "auto"  # "mnist", "digits" (scikit-learn's), or "auto": MNIST where it can be had, else digits
+DATA_DIR = os.environ.get("DATA_DIR", "data")  # where MNIST lies or is downloaded to; default: environment variable DATA_DIR
+VALIDATION_SIZE = 0  # training images held out and tested on instead of the test set, to choose constants
+N_EXPERIENCES = 5  # experiences that the classes are divided among
+CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
+SEEDS = (0,)  # one run each, in turn
+ITERATIONS = None  # minibatches per experience, for solver and generator each; None: 2000, digits 500
+BATCH_SIZE = 128  # real images in a minibatch
+LEARNING_RATE = 0.001  # of Adam
+GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; None: as the solver
+GENERATOR_LEARNING_RATE = None  # of the generator's Adam; None: as the solver
+REPLAY_SIZE = None  # replayed images added to each minibatch; None: as many as it has; 0: no replay
+INCREASING_REPLAY_SIZE = False  # double that at every further experience
+RATIO = None  # importance r of the current data, 0 to 1; None: 1/k at the k-th experience
+HIDDEN_UNITS = 400  # in each of the two hidden layers of solver, encoder and decoder
+LATENT_SIZE = 100  # dimensions of the VAE's latent variable z
+DEVICE = "auto"  # "cpu", "cuda", "cuda:1", "mps", or "auto": the first there is of cuda, mps, cpu
+RESULTS_DIR = "results"  # where results and figures go
+# ------------------------------------------------------------------------------------------------
+
+# torch and avalanche are imported where they are used: they take ten seconds, and `--help` and
+# errors in the constants shouldn't wait for them.
+
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line that says what is wrong and what to do, and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def whole(minimum: int) -> Callable[[object], bool]:
+    """Rule: an integer that is at least `minimum`."""
+    return lambda value: type(value) is int and value >= minimum
+
+
+def number(low: float, high: float = math.inf) -> Callable[[object], bool]:
+    """Rule: a number from `low` (exclusive where there is no upper limit) to `high`."""
+    return lambda value: type(value) in (int, float) and (
+        low < value < high if high == math.inf else low <= value <= high
+    )
+
+
+def distinct(value: object) -> bool:
+    """Rule: a sequence of different integers that are not negative."""
+    return (
+        type(value) in (tuple, list)
+        and len(value) == len(set(value)) > 0
+        and all(map(whole(0), value))
+    )
+
+
+# What is allowed, in code and in words. The scripts check their constants before anything else.
+RULES = {
+    "DATASET": (lambda v: v in ("auto", "mnist", "digits"), "one of auto, mnist, digits"),
+    "DATA_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
+    "VALIDATION_SIZE": (whole(0), "a number of images, 0 or more"),
+    "N_EXPERIENCES": (lambda v: whole(1)(v) and 10 % v == 0, "1, 2, 5 or 10, to divide 10 classes"),
+    "CLASS_ORDER": (
+        lambda v: distinct(v) and sorted(v) == list(range(10)),
+        "each of the classes 0 to 9 once",
+    ),
+    "SEEDS": (distinct, "one or more different integers, 0 or more"),
+    "ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
+    "BATCH_SIZE": (whole(1), "a positive integer"),
+    "LEARNING_RATE": (number(0), "a positive number"),
+    "GENERATOR_BATCH_SIZE": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
+    "GENERATOR_LEARNING_RATE": (lambda v: v is None or number(0)(v), "a positive number, or none"),
+    "REPLAY_SIZE": (lambda v: v is None or whole(0)(v), "an integer, 0 or more, or none"),
+    "INCREASING_REPLAY_SIZE": (lambda v: type(v) is bool, "true or false"),
+    "RATIO": (lambda v: v is None or number(0, 1)(v), "a number from 0 to 1, or none"),
+    "HIDDEN_UNITS": (whole(1), "a positive integer"),
+    "LATENT_SIZE": (whole(1), "a positive integer"),
+    "DEVICE": (
+        lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v),
+        "one of auto, cpu, cuda, cuda:0, mps",
+    ),
+    "RESULTS_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
+}
+
+
+def read_constants(*scripts: ModuleType) -> SimpleNamespace:
+    """Constants of the scripts with what the command line changes, checked and echoed.
+
+    :param scripts: modules with constants (NAME = value  # comment) and `RULES` for them.
+    :return: the constants as attributes, by their own names.
+    :raises SystemExit: with code 2 and one line, if one of them is not allowed.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option value ...]",
+        description=scripts[-1].__doc__.split("\n")[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: fail(f"{message}; --help lists the options")
+    constants, rules = {}, {}
+    for script in scripts:
+        source = Path(script.__file__).read_text(encoding="utf-8")
+        for name, comment in re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE):
+            constants[name], rules[name] = vars(script)[name], script.RULES[name]
+            shown = f"{comment.replace('%', '%%')} ({constants[name]})"
+            option = "--" + name.lower().replace("_", "-")
+            parser.add_argument(option, dest=name, nargs="*", metavar="", help=shown)
+    for name, words in vars(parser.parse_args()).items():
+        if words is not None:
+            values = [literal(word) for word in words] or [True]
+            sequence = isinstance(constants[name], tuple) or len(values) > 1
+            constants[name] = tuple(values) if sequence else values[0]
+    for name, (allowed, description) in rules.items():
+        if not allowed(constants[name]):
+            fail(f"{name} is {constants[name]!r}, but has to be {description}")
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()), flush=True)
+    return SimpleNamespace(**constants)
+
+
+def literal(word: str) -> object:
+    """A word of the command line as Python value: number, None, True, False, else the word."""
+    try:
+        return ast.literal_eval(word.title() if word.lower() in ("none", "true", "false") else word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def choose_device(name: str) -> str:
+    """Device that "auto" stands for, or `name` itself if it is there; ends the program if not."""
+    import torch
+
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
+    if name != "auto" and name not in there:
+        fail(f"DEVICE is {name!r}, but this machine has only: {', '.join(there)}")
+    return there[0] if name == "auto" else name
+
+
+def load_images(name: str, data_dir: str) -> SimpleNamespace:
+    """Images and labels of a data set, in memory.
+
+    :param name: "mnist", "digits", or "auto" (MNIST, and the digits where it can't be had).
+    :param data_dir: folder where torchvision looks for MNIST, and to which it downloads it.
+    :return: `name`, "mnist" or "digits"; `train` and `test`, pairs of images (float32 in [0, 1],
+        shape (n, 1, 28, 28)) and labels (int64, shape (n,)); `iterations`, how many minibatches
+        per experience suit it; `notice`, a text that belongs wherever results are shown, or "".
+    :raises SystemExit: if MNIST was asked for by name and can't be had.
+    """
+    if name == "digits":
+        return load_digits()
+    try:
+        return load_mnist(data_dir)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+    if name == "mnist":
+        fail(
+            f"MNIST is not in {data_dir!r} and could not be downloaded ({reason}); set DATA_DIR to "
+            "the folder that holds MNIST/raw, or DATASET to 'digits'"
+        )
+    images = load_digits()
+    images.notice = "scikit-learn's 8x8 digits, NOT MNIST"
+    text = f"MNIST can't be had ({reason}). This run uses {images.notice}."
+    print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
+    return images
+
+
+def load_mnist(data_dir: str) -> SimpleNamespace:
+    """MNIST (LeCun et al. 1998) from `data_dir`, downloaded if it is not there.
+
+    :raises RuntimeError, OSError, ValueError: if it can't be had, or read.
+    """
+    import socket
+
+    from torchvision.datasets import MNIST
+
+    try:
+        sets = [MNIST(data_dir, train=train) for train in (True, False)]
+    except RuntimeError:  # torchvision's word for "not there"
+        print(f"MNIST is not in {data_dir!r}: downloading it (12 MB)", flush=True)
+        socket.setdefaulttimeout(20)  # else an unreachable server takes minutes to give up on
+        MNIST(data_dir, download=True)
+        sets = [MNIST(data_dir, train=train) for train in (True, False)]
+    train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
+    return SimpleNamespace(name="mnist", train=train, test=test, iterations=2000, notice="")
+
+
+def load_digits() -> SimpleNamespace:
+    """The handwritten digits inside scikit-learn (UCI, test part), brought from 8x8 to 28x28.
+
+    A fifth is the test set, the same in every run. The pixels come as counts from 0 to 16.
+    """
+    import torch
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    x, y = datasets.load_digits(return_X_y=True)
+    x = torch.tensor(x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    x = torch.nn.functional.interpolate(x, size=(28, 28), mode="bilinear")
+    y = torch.tensor(y, dtype=torch.int64)
+    rows = train_test_split(torch.arange(len(y)), test_size=0.2, stratify=y, random_state=0)
+    train, test = ((x[part], y[part]) for part in rows)
+    return SimpleNamespace(name="digits", train=train, test=test, iterations=500, notice="")
+
+
+def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
+    """Class-incremental stream: each experience brings the next classes, and no task identity.
+
+    :param images: from `load_images`.
+    :param constants: CLASS_ORDER, N_EXPERIENCES and VALIDATION_SIZE are used.
+    :return: an Avalanche benchmark with `train_stream` and `test_stream`, equally long. Its test
+        stream holds validation images if VALIDATION_SIZE says so.
+    """
+    import torch
+
+    from TrainingInstances import in_memory_dataset
+    from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
+    from avalanche.benchmarks.scenarios.task_aware import with_task_labels
+
+    train, test, held_out = images.train, images.test, constants.VALIDATION_SIZE
+    if held_out:
+        if held_out >= len(train[1]):
+            fail(f"VALIDATION_SIZE is {held_out}, but there are only {len(train[1])} training images")
+        # The same images in every run, whatever the seed: they must never be trained on.
+        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
+        test = [part[order[:held_out]] for part in train]
+        train = [part[order[held_out:]] for part in train]
+    classes = torch.tensor(constants.CLASS_ORDER).chunk(constants.N_EXPERIENCES)
+
+    def experiences(x, y):
+        masks = [torch.isin(y, some) for some in classes]
+        return [in_memory_dataset(x[mask], y[mask]) for mask in masks]
+
+    datasets = {"train": experiences(*train), "test": experiences(*test)}
+    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+
+
+def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace, device: str):
+    """The generator as a trainable strategy, to be passed on as `generator_strategy`.
+
+    It learns with the solver's optimizer, batch size and learning rate unless the GENERATOR_...
+    constants say otherwise. To use another generator, build it here.
+
+    :param shape: shape of one image, (channels, height, width).
+    :return: a `VAETraining` strategy whose `model` is a new `VAE`.
+    """
+    import torch
+    from avalanche.evaluation.metrics import loss_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from GenerativeModel import VAE
+    from TrainingInstances import VAETraining
+
+    vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
+    learning_rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
+    return VAETraining(
+        model=vae,
+        optimizer=torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=True),
+        train_mb_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+        eval_mb_size=1000,
+        replay_size=constants.REPLAY_SIZE,
+        increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
+        ratio=constants.RATIO,
+        evaluator=EvaluationPlugin(loss_metrics(experience=True)),
+        device=device,
+    )
+
+
+def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
+    """Folder of one run's results. Its name tells apart all constants that change the numbers."""
+    places = ("SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE")
+    deciding = {name: value for name, value in vars(constants).items() if name not in places}
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(constants.RESULTS_DIR) / f"{dataset}-{strategy}-{digest}-seed{seed}"
+
+
+def run_record(
+    constants: SimpleNamespace, images: SimpleNamespace, strategy: str, seed: int, started: float
+) -> dict:
+    """What every results.json says of how its numbers came about.
+
+    :param started: `time.perf_counter()` at the start of the run.
+    """
+    import avalanche
+    import torch
+
+    return {
+        "dataset": images.name,
+        "notice": images.notice,
+        "strategy": strategy,
+        "seed": seed,
+        "constants": vars(constants),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "avalanche": avalanche.__version__,
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def write(path: Path, content) -> None:
+    """Write a file whole or not at all: a dict as JSON, a figure as picture, arrays as .npz."""
+    import numpy as np
+
+    buffer = BytesIO()
+    if path.suffix == ".json":
+        buffer.write(json.dumps(content, indent=1).encode())
+    elif path.suffix == ".npz":
+        np.savez_compressed(buffer, **content)
+    else:
+        content.savefig(buffer, format=path.suffix[1:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_bytes(buffer.getvalue())
+        unfinished.replace(path)
+    except OSError as error:
+        fail(f"{path} can't be written ({error.strerror}); set RESULTS_DIR to another folder")
+
+
+def main() -> None:
+    """Train the generator alone along the stream and show what it remembers."""
+    constants = read_constants(sys.modules[__name__])
+    images = load_images(constants.DATASET, constants.DATA_DIR)
+    constants.ITERATIONS = constants.ITERATIONS or images.iterations
+    device = choose_device(constants.DEVICE)
+    benchmark = make_benchmark(images, constants)
+    for seed in constants.SEEDS:
+        train_along_stream(benchmark, images, constants, seed, device)
+    show_windows()
+
+
+def train_along_stream(benchmark, images, constants, seed: int, device: str) -> None:
+    """One run: train on each experience, then sample, reconstruct and evaluate."""
+    import torch
+
+    from figures import draw
+
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    strategy = make_generator_strategy(images.train[0].shape[1:], constants, device)
+    vae, matrix, pictures = strategy.model, [], []
+    # The same test images after each experience, of all classes: also of those yet to come.
+    originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
+
+    for experience in benchmark.train_stream:
+        strategy.train(experience, iterations=constants.ITERATIONS)
+        metrics = strategy.eval(benchmark.test_stream)
+        matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
+        pictures.append((vae.generate(20), vae.reconstruct(originals.to(device))))
+        so_far = fmean(matrix[-1][: len(matrix)])
+        report(experience, constants, f"negative ELBO so far {so_far:.1f} nats", started)
+
+    samples, reconstructions = (torch.stack(kind).cpu().numpy() for kind in zip(*pictures))
+    arrays = {
+        "samples": samples, "originals": originals.numpy(), "reconstructions": reconstructions
+    }  # fmt: skip
+    record = run_record(constants, images, "generator", seed, started)
+    record["negative_elbo_matrix"] = matrix
+    folder = run_folder(constants, images.name, "generator", seed)
+    write(folder / "results.json", record)
+    write(folder / "samples.npz", arrays)
+    write(folder / "generator.png", draw.generator(record, arrays))
+    print(f"seed {seed}: {folder / 'generator.png'}")
+
+
+def metric_row(metrics: dict, name: str, experiences: int) -> list[float]:
+    """One of Avalanche's metrics on each experience of the test stream, as a list."""
+    return [
+        float(metrics[f"{name}/eval_phase/test_stream/Task000/Exp{i:03d}"])
+        for i in range(experiences)
+    ]
+
+
+def report(experience, constants: SimpleNamespace, text: str, started: float) -> None:
+    """Print a line after an experience; `started` is the `time.perf_counter()` of the run."""
+    classes = " ".join(map(str, sorted(experience.classes_in_this_experience)))
+    print(
+        f"experience {experience.current_experience + 1}/{constants.N_EXPERIENCES} "
+        f"(classes {classes}): {text}, {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
+
+
+def show_windows() -> None:
+    """Show the figures in windows if matplotlib has found a display."""
+    from matplotlib import pyplot as plt
+
+    if plt.get_backend().lower() != "agg":
+        plt.show()
+
+
+if __name__ == "__main__":
+    main()

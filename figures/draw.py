@@ -1,0 +1,119 @@
+"""The figures of a run, drawn from its results alone (results.json and samples.npz).
+
+Each function returns a matplotlib figure; the scripts save it. One visual language: images dark on
+light as on paper, one row per experience, titles that name data set, strategy and seed.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+WIDTH = 8  # inches: a column of the README
+STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9}
+BLUE = "#0072b2"  # of Okabe and Ito's palette, which the colour-blind can tell apart
+
+
+def title(results: dict, what: str) -> str:
+    """Title of a figure: what it shows, of which run, and the notice that goes with it."""
+    run = f"{what} ({results['dataset']}, {results['strategy']}, seed {results['seed']})"
+    return f"{run}\n{results['notice']}" if results["notice"] else run
+
+
+def class_groups(results: dict) -> list[str]:
+    """Names of the experiences on the axes: their classes."""
+    constants = results["constants"]
+    groups = np.array_split(constants["CLASS_ORDER"], constants["N_EXPERIENCES"])
+    return [" ".join(map(str, group)) for group in groups]
+
+
+def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """Images of shape (n, C, H, W) side by side, first channel, as one array; NaN stays empty."""
+    padded = np.pad(images[:, 0], ((0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
+    n, height, width = padded.shape
+    grid = padded.reshape(n // columns, columns, height, width).swapaxes(1, 2)
+    return grid.reshape(n // columns * height, columns * width)
+
+
+def show_rows(axes, images: np.ndarray, results: dict) -> None:
+    """Images of shape (experiences, n, C, H, W), one row per experience, labelled."""
+    experiences, columns = images.shape[:2]
+    picture = mosaic(images.reshape(-1, *images.shape[2:]), columns)
+    axes.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    height = picture.shape[0] / experiences
+    labels = class_groups(results)
+    axes.set_yticks((np.arange(experiences) + 0.5) * height, labels)
+    axes.set_ylabel("after experience (its classes)")
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+@plt.rc_context(STYLE)
+def memories(results: dict, arrays: dict) -> plt.Figure:
+    """Generated images after each experience, two columns per class as the solver sees them."""
+    samples = arrays["samples"]
+    experiences, columns = samples.shape[:2]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
+    show_rows(axes, samples, results)
+    order = results["constants"]["CLASS_ORDER"]
+    axes.set_xticks((np.arange(len(order)) + 0.5) * axes.get_xlim()[1] / len(order), order)
+    axes.set_xlabel("class that the solver sees in them")
+    axes.set_title(title(results, "What the generator remembers"))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def generator(results: dict, arrays: dict) -> plt.Figure:
+    """Samples after each experience (left), and test images beside their reconstructions."""
+    samples, originals = arrays["samples"], arrays["originals"]
+    reconstructions = arrays["reconstructions"]
+    pairs = np.stack([np.broadcast_to(originals, reconstructions.shape), reconstructions], axis=2)
+    pairs = pairs.reshape(len(samples), -1, *samples.shape[2:])
+    height = 2 * (0.5 + WIDTH * 0.93 * len(samples) / samples.shape[1])
+    figure, (upper, lower) = plt.subplots(2, figsize=(WIDTH, height))
+    show_rows(upper, samples, results)
+    upper.set_title(title(results, "Samples"))
+    show_rows(lower, pairs, results)
+    lower.set_title("Test images of each class, each with its reconstruction to the right")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def accuracy_matrix(results: dict) -> plt.Figure:
+    """Heat map of the accuracy matrix, in percent; experiences yet to come are left out."""
+    matrix = 100 * np.array(results["accuracy_matrix"], dtype=float)
+    matrix[np.triu_indices(len(matrix), 1)] = np.nan
+    figure, axes = plt.subplots(figsize=(0.6 * WIDTH, 0.5 * WIDTH))
+    image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=100)
+    for (i, j), value in np.ndenumerate(matrix):
+        if not np.isnan(value):
+            colour = "black" if value > 60 else "white"
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
+    labels = class_groups(results)
+    axes.set_xticks(range(len(matrix)), labels)
+    axes.set_yticks(range(len(matrix)), labels)
+    axes.set_xlabel("tested on (classes)")
+    axes.set_ylabel("after experience (its classes)")
+    axes.set_title(title(results, f"Accuracy: {100 * results['final_accuracy']:.2f} % at the end"))
+    figure.colorbar(image, label="test accuracy (%)")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def accuracy_so_far(runs: list[dict]) -> plt.Figure:
+    """Accuracy over the experiences seen so far, mean and standard error over the seeds."""
+    matrices = 100 * np.array([run["accuracy_matrix"] for run in runs], dtype=float)
+    curves = np.array([[row[: i + 1].mean() for i, row in enumerate(m)] for m in matrices])
+    middle, x = curves.mean(0), np.arange(1, curves.shape[1] + 1)
+    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.45 * WIDTH))
+    axes.plot(x, middle, "o-", color=BLUE, label=runs[0]["strategy"])
+    if len(runs) > 1:
+        error = curves.std(0, ddof=1) / np.sqrt(len(runs))
+        axes.fill_between(x, middle - error, middle + error, color=BLUE, alpha=0.3, linewidth=0)
+    classes = np.array([len(group.split()) for group in class_groups(runs[0])]).cumsum()
+    axes.plot(x, 100 / classes, ":", color="gray", label="chance")
+    axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    seeds = " ".join(str(run["seed"]) for run in runs)
+    axes.set_title(title({**runs[0], "seed": seeds}, "Accuracy on all experiences so far"))
+    return figure
