@@ -48,7 +48,9 @@ class VAE(GenerativeModel):
     :param latent_size: dimensions of the latent variable z.
     """
 
-    def __init__(self, shape: tuple[int, int, int], hidden_units: int = 400, latent_size: int = 100):
+    def __init__(
+        self, shape: tuple[int, int, int], hidden_units: int = 400, latent_size: int = 100
+    ):
         super().__init__()
         self.shape, self.latent_size = tuple(shape), latent_size
         pixels = math.prod(shape)

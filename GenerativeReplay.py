@@ -21,7 +21,12 @@ import Generator
 INPUT_DROPOUT = 0.3  # share of pixels hidden from the solver while it trains; 0: plain replay
 # ------------------------------------------------------------------------------------------------
 
-RULES = {"INPUT_DROPOUT": (lambda v: Generator.number(0, 1)(v) and v < 1, "from 0 to below 1")}
+RULES = {
+    "INPUT_DROPOUT": (
+        lambda v: Generator.number(v) and 0 <= v < 1,
+        "a number from 0 to below 1",
+    ),
+}
 
 
 def main() -> None:
@@ -74,10 +79,10 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, device
     :param shape: shape of one image, (channels, height, width).
     :return: a `GenerativeReplay` strategy; `model` is the solver, its logits are one per class.
     """
-    from torch import nn, optim
-
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.training.plugins import EvaluationPlugin
+    from torch import nn, optim
+
     from TrainingInstances import GenerativeReplay
 
     units = constants.HIDDEN_UNITS

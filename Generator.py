@@ -26,29 +26,28 @@ from typing import NoReturn
 # ------------------------------------------------------------------------------------------------
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
-DATASET = "auto"  # "mnist", "digits" (scikit-learn's), or "auto": MNIST where it can be had, else digits
-DATA_DIR = os.environ.get("DATA_DIR", "data")  # where MNIST lies or is downloaded to; default: environment variable DATA_DIR
-VALIDATION_SIZE = 0  # training images held out and tested on instead of the test set, to choose constants
+DATASET = "auto"  # mnist; digits (in scikit-learn); auto: mnist, or digits where it can't be had
+DATA_DIR = os.environ.get("DATA_DIR", "data")  # where MNIST lies, or is downloaded to
+VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
 SEEDS = (0,)  # one run each, in turn
-ITERATIONS = None  # minibatches per experience, for solver and generator each; None: 2000, digits 500
+ITERATIONS = None  # minibatches per experience; none: 2000 for mnist, 500 for digits
 BATCH_SIZE = 128  # real images in a minibatch
 LEARNING_RATE = 0.001  # of Adam
-GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; None: as the solver
-GENERATOR_LEARNING_RATE = None  # of the generator's Adam; None: as the solver
-REPLAY_SIZE = None  # replayed images added to each minibatch; None: as many as it has; 0: no replay
+GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; none: as the solver
+GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: as the solver
+REPLAY_SIZE = None  # replayed images added to each minibatch; none: as many as it has; 0: no replay
 INCREASING_REPLAY_SIZE = False  # double that at every further experience
-RATIO = None  # importance r of the current data, 0 to 1; None: 1/k at the k-th experience
+RATIO = None  # importance r of the current data, 0 to 1; none: 1/k at the k-th experience
 HIDDEN_UNITS = 400  # in each of the two hidden layers of solver, encoder and decoder
 LATENT_SIZE = 100  # dimensions of the VAE's latent variable z
-DEVICE = "auto"  # "cpu", "cuda", "cuda:1", "mps", or "auto": the first there is of cuda, mps, cpu
+DEVICE = "auto"  # cpu, cuda, cuda:1, mps; auto: the first that is there of cuda, mps, cpu
 RESULTS_DIR = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
 
 # torch and avalanche are imported where they are used: they take ten seconds, and `--help` and
 # errors in the constants shouldn't wait for them.
-
 
 
 def fail(message: str) -> NoReturn:
@@ -62,11 +61,14 @@ def whole(minimum: int) -> Callable[[object], bool]:
     return lambda value: type(value) is int and value >= minimum
 
 
-def number(low: float, high: float = math.inf) -> Callable[[object], bool]:
-    """Rule: a number from `low` (exclusive where there is no upper limit) to `high`."""
-    return lambda value: type(value) in (int, float) and (
-        low < value < high if high == math.inf else low <= value <= high
-    )
+def number(value: object) -> bool:
+    """Rule: a number, neither NaN nor infinite."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def positive(value: object) -> bool:
+    """Rule: a number above 0."""
+    return number(value) and value > 0
 
 
 def distinct(value: object) -> bool:
@@ -91,12 +93,15 @@ RULES = {
     "SEEDS": (distinct, "one or more different integers, 0 or more"),
     "ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
     "BATCH_SIZE": (whole(1), "a positive integer"),
-    "LEARNING_RATE": (number(0), "a positive number"),
+    "LEARNING_RATE": (positive, "a positive number"),
     "GENERATOR_BATCH_SIZE": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
-    "GENERATOR_LEARNING_RATE": (lambda v: v is None or number(0)(v), "a positive number, or none"),
+    "GENERATOR_LEARNING_RATE": (lambda v: v is None or positive(v), "a positive number, or none"),
     "REPLAY_SIZE": (lambda v: v is None or whole(0)(v), "an integer, 0 or more, or none"),
     "INCREASING_REPLAY_SIZE": (lambda v: type(v) is bool, "true or false"),
-    "RATIO": (lambda v: v is None or number(0, 1)(v), "a number from 0 to 1, or none"),
+    "RATIO": (
+        lambda v: v is None or (number(v) and 0 <= v <= 1),
+        "a number from 0 to 1, or none",
+    ),
     "HIDDEN_UNITS": (whole(1), "a positive integer"),
     "LATENT_SIZE": (whole(1), "a positive integer"),
     "DEVICE": (
@@ -239,26 +244,23 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
     """
     import torch
 
-    from TrainingInstances import in_memory_dataset
-    from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
-    from avalanche.benchmarks.scenarios.task_aware import with_task_labels
+    from TrainingInstances import in_memory_benchmark
 
     train, test, held_out = images.train, images.test, constants.VALIDATION_SIZE
     if held_out:
         if held_out >= len(train[1]):
-            fail(f"VALIDATION_SIZE is {held_out}, but there are only {len(train[1])} training images")
+            fail(f"VALIDATION_SIZE is {held_out} of only {len(train[1])} training images")
         # The same images in every run, whatever the seed: they must never be trained on.
         order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
         test = [part[order[:held_out]] for part in train]
         train = [part[order[held_out:]] for part in train]
     classes = torch.tensor(constants.CLASS_ORDER).chunk(constants.N_EXPERIENCES)
 
-    def experiences(x, y):
+    def split(x, y):
         masks = [torch.isin(y, some) for some in classes]
-        return [in_memory_dataset(x[mask], y[mask]) for mask in masks]
+        return [(x[mask], y[mask]) for mask in masks]
 
-    datasets = {"train": experiences(*train), "test": experiences(*test)}
-    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+    return in_memory_benchmark(split(*train), split(*test))
 
 
 def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace, device: str):

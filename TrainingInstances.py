@@ -12,12 +12,19 @@ from itertools import count, islice
 
 import torch
 from torch import Tensor
-from torch.nn import CrossEntropyLoss, Module
+from torch.nn import Module
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
 warnings.filterwarnings("ignore", message="No loggers specified")
+from avalanche.benchmarks import (  # noqa: E402
+    CLScenario,
+    benchmark_from_datasets,
+    with_classes_timeline,
+)
+from avalanche.benchmarks.scenarios.task_aware import with_task_labels  # noqa: E402
 from avalanche.benchmarks.utils import (  # noqa: E402
     AvalancheDataset,
     ConstantSequence,
@@ -182,6 +189,20 @@ def in_memory_dataset(x: Tensor, y: Tensor) -> AvalancheDataset:
     return dataset
 
 
+def in_memory_benchmark(
+    train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]
+) -> CLScenario:
+    """Avalanche benchmark from tensors, without task identity (every task label is 0).
+
+    :param train: images and class labels of each experience, as for `in_memory_dataset`.
+    :param test: the same for its test set.
+    :return: a benchmark with `train_stream` and `test_stream`.
+    """
+    streams = {"train": train, "test": test}
+    datasets = {name: [in_memory_dataset(x, y) for x, y in s] for name, s in streams.items()}
+    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+
+
 class ScholarTemplate(SupervisedTemplate):
     """What the strategies of solver and generator share: the weighted loss and fast data loading.
 
@@ -207,7 +228,8 @@ class ScholarTemplate(SupervisedTemplate):
             loss = self.loss_of(slice(None))
             self.current_loss = loss.detach()
             return loss
-        current, replayed = self.loss_of(slice(current_size)), self.loss_of(slice(current_size, None))
+        current = self.loss_of(slice(current_size))
+        replayed = self.loss_of(slice(current_size, None))
         self.current_loss = current.detach()
         r = self.replay.importance
         return r * current + (1 - r) * replayed
@@ -295,7 +317,7 @@ class GenerativeReplay(ScholarTemplate):
         model: Module,
         optimizer: torch.optim.Optimizer,
         generator_strategy: SupervisedTemplate,
-        criterion: Callable = CrossEntropyLoss(),
+        criterion: Callable = cross_entropy,
         replay_size: int | None = None,
         increasing_replay_size: bool = False,
         ratio: float | None = None,
