@@ -123,9 +123,11 @@ class VAE(GenerativeModel):
             raise ValueError("VAE.generate: this VAE is not conditional, leave condition at None")
         count = 1 if batch_size is None else batch_size
         z = torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
-        was_training = self.training
-        images = torch.sigmoid(self.eval().decode(z))
-        self.train(was_training)
+        if was_training := self.training:
+            self.eval()
+        images = torch.sigmoid(self.decode(z))
+        if was_training:
+            self.train()
         return images[0] if batch_size is None else images
 
 

@@ -80,10 +80,9 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, device
     :return: a `GenerativeReplay` strategy; `model` is the solver, its logits are one per class.
     """
     from avalanche.evaluation.metrics import accuracy_metrics
-    from avalanche.training.plugins import EvaluationPlugin
     from torch import nn, optim
 
-    from TrainingInstances import GenerativeReplay
+    from TrainingInstances import EvaluationOnly, GenerativeReplay
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
@@ -104,7 +103,7 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, device
         ratio=constants.RATIO,
         train_mb_size=constants.BATCH_SIZE,
         eval_mb_size=1000,
-        evaluator=EvaluationPlugin(accuracy_metrics(experience=True)),
+        evaluator=EvaluationOnly(accuracy_metrics(experience=True)),
         device=device,
     )
 

@@ -32,7 +32,7 @@ VALIDATION_SIZE = 0  # training images to test on instead of the test set, for c
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
 SEEDS = (0,)  # one run each, in turn
-ITERATIONS = None  # minibatches per experience; none: 2000 for mnist, 500 for digits
+ITERATIONS = None  # minibatches per experience; none: 1500 for mnist, 300 for digits
 BATCH_SIZE = 128  # real images in a minibatch
 LEARNING_RATE = 0.001  # of Adam
 GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; none: as the solver
@@ -213,7 +213,7 @@ def load_mnist(data_dir: str) -> SimpleNamespace:
         MNIST(data_dir, download=True)
         sets = [MNIST(data_dir, train=train) for train in (True, False)]
     train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
-    return SimpleNamespace(name="mnist", train=train, test=test, iterations=2000, notice="")
+    return SimpleNamespace(name="mnist", train=train, test=test, iterations=1500, notice="")
 
 
 def load_digits() -> SimpleNamespace:
@@ -231,7 +231,7 @@ def load_digits() -> SimpleNamespace:
     y = torch.tensor(y, dtype=torch.int64)
     rows = train_test_split(torch.arange(len(y)), test_size=0.2, stratify=y, random_state=0)
     train, test = ((x[part], y[part]) for part in rows)
-    return SimpleNamespace(name="digits", train=train, test=test, iterations=500, notice="")
+    return SimpleNamespace(name="digits", train=train, test=test, iterations=300, notice="")
 
 
 def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
@@ -274,10 +274,9 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
     """
     import torch
     from avalanche.evaluation.metrics import loss_metrics
-    from avalanche.training.plugins import EvaluationPlugin
 
     from GenerativeModel import VAE
-    from TrainingInstances import VAETraining
+    from TrainingInstances import EvaluationOnly, VAETraining
 
     vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
     learning_rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
@@ -289,7 +288,7 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
-        evaluator=EvaluationPlugin(loss_metrics(experience=True)),
+        evaluator=EvaluationOnly(loss_metrics(experience=True)),
         device=device,
     )
 
