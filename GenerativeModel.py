@@ -3,7 +3,7 @@
 In:  images in [0, 1], any shape (channels, height, width).  Out: new images like them.
 `GenerativeModel` is the contract that any generator meets, `VAE` the one that we use, and
 `negative_elbo` its loss.  Nothing here knows of experiences or replay.
-Run: nothing; `python Generator.py` trains and shows it.  Next: TrainingInstances.py.
+Run: nothing; `python Generator.py` trains and shows it.  Next to read: Generator.py.
 """
 
 import math
@@ -48,9 +48,7 @@ class VAE(GenerativeModel):
     :param latent_size: dimensions of the latent variable z.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], hidden_units: int = 400, latent_size: int = 100
-    ):
+    def __init__(self, shape: tuple[int, int, int], hidden_units: int = 400, latent_size: int = 32):
         super().__init__()
         self.shape, self.latent_size = tuple(shape), latent_size
         pixels = math.prod(shape)

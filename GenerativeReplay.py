@@ -3,7 +3,7 @@
 In:  the constants below and those of Generator.py.  Out: accuracy on every experience after every
 experience, as results.json, table and figures, for class-incremental Split MNIST.
 One head, no task identity, and past data is never seen again: only generated.
-Run: `python GenerativeReplay.py`, or with `--help`.  Before: Generator.py; this is the last one.
+Run: `python GenerativeReplay.py`, or with `--help`.  This is the last of the four.
 """
 
 import math
@@ -31,16 +31,12 @@ RULES = {
 
 def main() -> None:
     """Run the experiment for each seed, then summarize."""
-    constants = Generator.read_constants(Generator, sys.modules[__name__])
-    images = Generator.load_images(constants.DATASET, constants.DATA_DIR)
-    constants.ITERATIONS = constants.ITERATIONS or images.iterations
-    device = Generator.choose_device(constants.DEVICE)
-    benchmark = Generator.make_benchmark(images, constants)
-    runs = [run(benchmark, images, constants, seed, device) for seed in constants.SEEDS]
+    constants, images, benchmark = Generator.prepare(Generator, sys.modules[__name__])
+    runs = [run(benchmark, images, constants, seed) for seed in constants.SEEDS]
     summarize(runs, constants)
 
 
-def run(benchmark, images, constants: SimpleNamespace, seed: int, device: str) -> dict:
+def run(benchmark, images, constants: SimpleNamespace, seed: int) -> dict:
     """Train a new scholar along the stream; return and write what came out (results.json)."""
     import torch
 
@@ -48,7 +44,7 @@ def run(benchmark, images, constants: SimpleNamespace, seed: int, device: str) -
 
     started = time.perf_counter()
     torch.manual_seed(seed)
-    scholar = make_scholar(images.train[0].shape[1:], constants, device)
+    scholar = make_scholar(images.train[0].shape[1:], constants)
     matrix, memories = [], []
 
     for experience in benchmark.train_stream:
@@ -59,6 +55,7 @@ def run(benchmark, images, constants: SimpleNamespace, seed: int, device: str) -
         so_far = mean(matrix[-1][: len(matrix)])
         Generator.report(experience, constants, f"accuracy so far {so_far:.2%}", started)
 
+    print_matrix(matrix)
     strategy = "naive" if constants.REPLAY_SIZE == 0 else "replay"
     record = Generator.run_record(constants, images, strategy, seed, started)
     record["accuracy_matrix"] = matrix
@@ -73,7 +70,7 @@ def run(benchmark, images, constants: SimpleNamespace, seed: int, device: str) -
     return record
 
 
-def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, device: str):
+def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace):
     """The scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param shape: shape of one image, (channels, height, width).
@@ -97,14 +94,14 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, device
     return GenerativeReplay(
         model=solver,
         optimizer=optim.Adam(solver.parameters(), lr=constants.LEARNING_RATE, fused=True),
-        generator_strategy=Generator.make_generator_strategy(shape, constants, device),
+        generator_strategy=Generator.make_generator_strategy(shape, constants),
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
         train_mb_size=constants.BATCH_SIZE,
         eval_mb_size=1000,
         evaluator=EvaluationOnly(accuracy_metrics(experience=True)),
-        device=device,
+        device=constants.DEVICE,
     )
 
 
@@ -137,6 +134,13 @@ def forgetting(matrix: list[list[float]]) -> float:
     *earlier, last = matrix
     drops = [max(row[j] for row in earlier[j:]) - last[j] for j in range(len(earlier))]
     return mean(drops) if drops else 0.0
+
+
+def print_matrix(matrix: list[list[float]]) -> None:
+    """Print the accuracy matrix in percent, a line for each experience learned."""
+    print("accuracy matrix (%): after each experience (rows) on each experience (columns)")
+    for number, row in enumerate(matrix, 1):
+        print(f"{number:4} " + "".join(f"{100 * accuracy:7.2f}" for accuracy in row))
 
 
 def summarize(runs: list[dict], constants: SimpleNamespace) -> None:

@@ -3,7 +3,7 @@
 In:  the constants below and a stream of experiences.  Out: a generator strategy for
 GenerativeReplay.py; run as a script, a picture of what the generator remembers after each one.
 The constants, the data and the stream stand here for both scripts.
-Run: `python Generator.py`.  Before: TrainingInstances.py, next: GenerativeReplay.py.
+Run: `python Generator.py`, or with `--help`.  Next to read: TrainingInstances.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import NoReturn
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET = "auto"  # mnist; digits (in scikit-learn); auto: mnist, or digits where it can't be had
-DATA_DIR = os.environ.get("DATA_DIR", "data")  # where MNIST lies, or is downloaded to
+DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where MNIST lies, or is downloaded to
 VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
@@ -41,7 +41,7 @@ REPLAY_SIZE = None  # replayed images added to each minibatch; none: as many as 
 INCREASING_REPLAY_SIZE = False  # double that at every further experience
 RATIO = None  # importance r of the current data, 0 to 1; none: 1/k at the k-th experience
 HIDDEN_UNITS = 400  # in each of the two hidden layers of solver, encoder and decoder
-LATENT_SIZE = 100  # dimensions of the VAE's latent variable z
+LATENT_SIZE = 32  # dimensions of the VAE's latent variable z
 DEVICE = "auto"  # cpu, cuda, cuda:1, mps; auto: the first that is there of cuda, mps, cpu
 RESULTS_DIR = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ def positive(value: object) -> bool:
 
 
 def distinct(value: object) -> bool:
-    """Rule: a sequence of different integers that are not negative."""
+    """Rule: a sequence of different integers from 0 to 2**63 - 1 (what torch takes as a seed)."""
     return (
         type(value) in (tuple, list)
+        and all(whole(0)(v) and v < 2**63 for v in value)
         and len(value) == len(set(value)) > 0
-        and all(map(whole(0), value))
     )
 
 
@@ -113,7 +113,7 @@ RULES = {
 
 
 def read_constants(*scripts: ModuleType) -> SimpleNamespace:
-    """Constants of the scripts with what the command line changes, checked and echoed.
+    """Constants of the scripts with what the command line changes, checked.
 
     :param scripts: modules with constants (NAME = value  # comment) and `RULES` for them.
     :return: the constants as attributes, by their own names.
@@ -129,20 +129,22 @@ def read_constants(*scripts: ModuleType) -> SimpleNamespace:
     constants, rules = {}, {}
     for script in scripts:
         source = Path(script.__file__).read_text(encoding="utf-8")
-        for name, comment in re.findall(r"^([A-Z_]+) = .+?  # (.+)$", source, re.MULTILINE):
-            constants[name], rules[name] = vars(script)[name], script.RULES[name]
-            shown = f"{comment.replace('%', '%%')} ({constants[name]})"
+        comments = dict(re.findall(r"^([A-Z_]+) = .+?# (.+)$", source, re.MULTILINE))
+        for name, rule in script.RULES.items():
+            constants[name], rules[name] = vars(script)[name], rule
+            shown = f"{comments.get(name, '')} ({constants[name]})".replace("%", "%%")
             option = "--" + name.lower().replace("_", "-")
             parser.add_argument(option, dest=name, nargs="*", metavar="", help=shown)
     for name, words in vars(parser.parse_args()).items():
         if words is not None:
-            values = [literal(word) for word in words] or [True]
+            is_text = isinstance(constants[name], str)  # a folder may be called 2024
+            values = words if is_text else [literal(word) for word in words]
+            values = values or [True]
             sequence = isinstance(constants[name], tuple) or len(values) > 1
             constants[name] = tuple(values) if sequence else values[0]
     for name, (allowed, description) in rules.items():
         if not allowed(constants[name]):
             fail(f"{name} is {constants[name]!r}, but has to be {description}")
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()), flush=True)
     return SimpleNamespace(**constants)
 
 
@@ -150,7 +152,7 @@ def literal(word: str) -> object:
     """A word of the command line as Python value: number, None, True, False, else the word."""
     try:
         return ast.literal_eval(word.title() if word.lower() in ("none", "true", "false") else word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return word
 
 
@@ -182,12 +184,12 @@ def load_images(name: str, data_dir: str) -> SimpleNamespace:
         return load_digits()
     try:
         return load_mnist(data_dir)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # torchvision has no error of its own for damaged files
+        reason = str(error).split("\n")[0] or type(error).__name__
     if name == "mnist":
         fail(
-            f"MNIST is not in {data_dir!r} and could not be downloaded ({reason}); set DATA_DIR to "
-            "the folder that holds MNIST/raw, or DATASET to 'digits'"
+            f"MNIST can be neither read from {data_dir!r} nor downloaded ({reason}); set DATA_DIR "
+            "to the folder that holds MNIST/raw, delete damaged files, or set DATASET to 'digits'"
         )
     images = load_digits()
     images.notice = "scikit-learn's 8x8 digits, NOT MNIST"
@@ -199,7 +201,7 @@ def load_images(name: str, data_dir: str) -> SimpleNamespace:
 def load_mnist(data_dir: str) -> SimpleNamespace:
     """MNIST (LeCun et al. 1998) from `data_dir`, downloaded if it is not there.
 
-    :raises RuntimeError, OSError, ValueError: if it can't be had, or read.
+    :raises Exception: of whatever kind, if it can't be had or read.
     """
     import socket
 
@@ -209,8 +211,12 @@ def load_mnist(data_dir: str) -> SimpleNamespace:
         sets = [MNIST(data_dir, train=train) for train in (True, False)]
     except RuntimeError:  # torchvision's word for "not there"
         print(f"MNIST is not in {data_dir!r}: downloading it (12 MB)", flush=True)
-        socket.setdefaulttimeout(20)  # else an unreachable server takes minutes to give up on
-        MNIST(data_dir, download=True)
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
+        try:
+            MNIST(data_dir, download=True)
+        finally:
+            socket.setdefaulttimeout(timeout)
         sets = [MNIST(data_dir, train=train) for train in (True, False)]
     train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
     return SimpleNamespace(name="mnist", train=train, test=test, iterations=1500, notice="")
@@ -258,12 +264,14 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
 
     def split(x, y):
         masks = [torch.isin(y, some) for some in classes]
+        if not all(map(torch.any, masks)):
+            fail(f"VALIDATION_SIZE {held_out} leaves an experience without images; change it")
         return [(x[mask], y[mask]) for mask in masks]
 
     return in_memory_benchmark(split(*train), split(*test))
 
 
-def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace, device: str):
+def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
     """The generator as a trainable strategy, to be passed on as `generator_strategy`.
 
     It learns with the solver's optimizer, batch size and learning rate unless the GENERATOR_...
@@ -289,7 +297,7 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
         evaluator=EvaluationOnly(loss_metrics(experience=True)),
-        device=device,
+        device=constants.DEVICE,
     )
 
 
@@ -304,7 +312,7 @@ def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: in
 def run_record(
     constants: SimpleNamespace, images: SimpleNamespace, strategy: str, seed: int, started: float
 ) -> dict:
-    """What every results.json says of how its numbers came about.
+    """What a file of results says of how its numbers came about.
 
     :param started: `time.perf_counter()` at the start of the run.
     """
@@ -346,19 +354,38 @@ def write(path: Path, content) -> None:
         fail(f"{path} can't be written ({error.strerror}); set RESULTS_DIR to another folder")
 
 
+def prepare(*scripts: ModuleType) -> tuple:
+    """What a script starts with: constants, images and the stream made of them.
+
+    The constants are those used, without "auto" or None for what depends on the machine, and are
+    echoed.
+
+    :param scripts: see `read_constants`.
+    :raises SystemExit: with code 2 and one line, if anything is not as it has to be.
+    """
+    constants = read_constants(*scripts)
+    constants.DEVICE = choose_device(constants.DEVICE)
+    images = load_images(constants.DATASET, constants.DATA_DIR)
+    constants.DATASET = images.name
+    constants.ITERATIONS = constants.ITERATIONS or images.iterations
+    benchmark = make_benchmark(images, constants)
+    try:
+        Path(constants.RESULTS_DIR).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"RESULTS_DIR {constants.RESULTS_DIR!r} can't be made ({error.strerror})")
+    print("\n".join(f"{name} = {value!r}" for name, value in vars(constants).items()), flush=True)
+    return constants, images, benchmark
+
+
 def main() -> None:
     """Train the generator alone along the stream and show what it remembers."""
-    constants = read_constants(sys.modules[__name__])
-    images = load_images(constants.DATASET, constants.DATA_DIR)
-    constants.ITERATIONS = constants.ITERATIONS or images.iterations
-    device = choose_device(constants.DEVICE)
-    benchmark = make_benchmark(images, constants)
+    constants, images, benchmark = prepare(sys.modules[__name__])
     for seed in constants.SEEDS:
-        train_along_stream(benchmark, images, constants, seed, device)
+        train_along_stream(benchmark, images, constants, seed)
     show_windows()
 
 
-def train_along_stream(benchmark, images, constants, seed: int, device: str) -> None:
+def train_along_stream(benchmark, images, constants: SimpleNamespace, seed: int) -> None:
     """One run: train on each experience, then sample, reconstruct and evaluate."""
     import torch
 
@@ -366,7 +393,7 @@ def train_along_stream(benchmark, images, constants, seed: int, device: str) -> 
 
     started = time.perf_counter()
     torch.manual_seed(seed)
-    strategy = make_generator_strategy(images.train[0].shape[1:], constants, device)
+    strategy = make_generator_strategy(images.train[0].shape[1:], constants)
     vae, matrix, pictures = strategy.model, [], []
     # The same test images after each experience, of all classes: also of those yet to come.
     originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
@@ -375,7 +402,7 @@ def train_along_stream(benchmark, images, constants, seed: int, device: str) -> 
         strategy.train(experience, iterations=constants.ITERATIONS)
         metrics = strategy.eval(benchmark.test_stream)
         matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-        pictures.append((vae.generate(20), vae.reconstruct(originals.to(device))))
+        pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))
         so_far = fmean(matrix[-1][: len(matrix)])
         report(experience, constants, f"negative ELBO so far {so_far:.1f} nats", started)
 
@@ -386,7 +413,7 @@ def train_along_stream(benchmark, images, constants, seed: int, device: str) -> 
     record = run_record(constants, images, "generator", seed, started)
     record["negative_elbo_matrix"] = matrix
     folder = run_folder(constants, images.name, "generator", seed)
-    write(folder / "results.json", record)
+    write(folder / "generator.json", record)
     write(folder / "samples.npz", arrays)
     write(folder / "generator.png", draw.generator(record, arrays))
     print(f"seed {seed}: {folder / 'generator.png'}")

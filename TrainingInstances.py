@@ -3,7 +3,7 @@
 In:  a stream of experiences, a model with its optimizer.  Out: the model, trained along it.
 `VAETraining` trains the generator and `GenerativeReplay` the solver, both with generative replay:
 `ReplayedData` extends each minibatch by the past, `ScholarTemplate` weighs present against past.
-Run: nothing; `python GenerativeReplay.py` does.  Before: GenerativeModel.py, next: Generator.py.
+Run: nothing; the two other scripts do.  Next to read: GenerativeReplay.py.
 """
 
 import warnings
@@ -25,11 +25,9 @@ from avalanche.benchmarks import (  # noqa: E402
     with_classes_timeline,
 )
 from avalanche.benchmarks.scenarios.task_aware import with_task_labels  # noqa: E402
-from avalanche.benchmarks.utils import (  # noqa: E402
-    AvalancheDataset,
-    ConstantSequence,
-    DataAttribute,
-    TaskLabels,
+from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels  # noqa: E402
+from avalanche.benchmarks.utils.classification_dataset import (  # noqa: E402
+    TaskAwareSupervisedClassificationDataset,
 )
 from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin  # noqa: E402
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
@@ -171,17 +169,20 @@ class FixedIterations:
         return islice(cycle(self.loader), self.iterations)
 
 
-def in_memory_dataset(x: Tensor, y: Tensor) -> AvalancheDataset:
+def in_memory_dataset(x: Tensor, y: Tensor) -> TaskAwareSupervisedClassificationDataset:
     """Dataset of one experience, for any Avalanche benchmark, that our strategies feed from memory.
 
-    Its `tensors` are what they look for; an adapted dataset (a subset, say, or one that a plugin
-    has extended) doesn't have them any more and goes through Avalanche's own data loader.
+    Its `tensors` are what they look for. A subset of it, or one that a plugin has extended, doesn't
+    have them any more and goes through Avalanche's own data loader. For transforms, build another
+    dataset: those given to this one later have no effect.
 
     :param x: images in [0, 1], shape (n, C, H, W).
     :param y: class labels (int64), shape (n,).
     """
     attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
-    dataset = AvalancheDataset([TensorDataset(x, y)], data_attributes=attributes)
+    dataset = TaskAwareSupervisedClassificationDataset(
+        [TensorDataset(x, y)], data_attributes=attributes
+    )
     dataset.tensors = (x, y, torch.zeros_like(y))
     return dataset
 

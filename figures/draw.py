@@ -8,13 +8,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 WIDTH = 8  # inches: a column of the README
-STYLE = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9}
+STYLE = {
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "figure.max_open_warning": 0,  # many seeds have many figures
+    "font.size": 9,
+}
 BLUE = "#0072b2"  # of Okabe and Ito's palette, which the colour-blind can tell apart
 
 
 def title(results: dict, what: str) -> str:
     """Title of a figure: what it shows, of which run, and the notice that goes with it."""
-    run = f"{what} ({results['dataset']}, {results['strategy']}, seed {results['seed']})"
+    held_out = ", validation images" if results["constants"]["VALIDATION_SIZE"] else ""
+    run = f"{results['dataset']}, {results['strategy']}, seed {results['seed']}{held_out}"
+    run = f"{what} ({run})"
     return f"{run}\n{results['notice']}" if results["notice"] else run
 
 
@@ -73,6 +80,8 @@ def generator(results: dict, arrays: dict) -> plt.Figure:
     show_rows(upper, samples, results)
     upper.set_title(title(results, "Samples"))
     show_rows(lower, pairs, results)
+    for x in np.linspace(*lower.get_xlim(), len(originals) + 1)[1:-1]:
+        lower.axvline(x + 0.5, color="gray", linewidth=0.8)  # between the pairs
     lower.set_title("Test images of each class, each with its reconstruction to the right")
     return figure
 
@@ -94,7 +103,7 @@ def accuracy_matrix(results: dict) -> plt.Figure:
     axes.set_xlabel("tested on (classes)")
     axes.set_ylabel("after experience (its classes)")
     axes.set_title(title(results, f"Accuracy: {100 * results['final_accuracy']:.2f} % at the end"))
-    figure.colorbar(image, label="test accuracy (%)")
+    figure.colorbar(image, label="accuracy (%)")
     return figure
 
 
@@ -110,7 +119,7 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         error = curves.std(0, ddof=1) / np.sqrt(len(runs))
         axes.fill_between(x, middle - error, middle + error, color=BLUE, alpha=0.3, linewidth=0)
     classes = np.array([len(group.split()) for group in class_groups(runs[0])]).cumsum()
-    axes.plot(x, 100 / classes, ":", color="gray", label="chance")
+    axes.plot(x, 100 / classes, ":", color="gray", label="chance among the classes so far")
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")

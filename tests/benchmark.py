@@ -1,6 +1,6 @@
 """What Avalanche's interface costs: ratios against a bare loop and against stock Avalanche.
 
-`python tests/benchmark.py` prints a table (about 15 minutes on two cores, `--quick` about two;
+`python tests/benchmark.py` prints a table (about 15 minutes on two cores, `--quick` three;
 nothing else should run). Pairs are measured in turn in one process, and medians are quoted.
 """
 
@@ -35,8 +35,11 @@ def constants_for(iterations: int, classes: int = 10) -> SimpleNamespace:
     names = {**vars(Generator), **vars(GenerativeReplay)}
     constants = {name: names[name] for name in {**Generator.RULES, **GenerativeReplay.RULES}}
     changes = {
-        "ITERATIONS": iterations, "INPUT_DROPOUT": 0, "CLASS_ORDER": tuple(range(classes))
-    }  # fmt: skip
+        "ITERATIONS": iterations,
+        "INPUT_DROPOUT": 0,
+        "CLASS_ORDER": tuple(range(classes)),
+        "DEVICE": Generator.choose_device("auto"),
+    }
     return SimpleNamespace(**constants | changes)
 
 
@@ -52,19 +55,20 @@ def synthetic(experiences: int, images: int) -> list[tuple]:
     ]
 
 
-def ours(experiences, constants, device="cpu"):
+def ours(experiences, constants):
     """Train and evaluate with the project's strategies; return the scholar."""
     benchmark = in_memory_benchmark(experiences, experiences)
-    scholar = GenerativeReplay.make_scholar(SHAPE, constants, device)
+    scholar = GenerativeReplay.make_scholar(SHAPE, constants)
     for experience in benchmark.train_stream:
         scholar.train(experience, iterations=constants.ITERATIONS)
         scholar.eval(benchmark.test_stream)
     return scholar
 
 
-def bare(experiences, constants, device="cpu"):
+def bare(experiences, constants):
     """The same by hand, as fast as we can write it; return solver and generator."""
-    scholar = GenerativeReplay.make_scholar(SHAPE, constants, device)
+    scholar = GenerativeReplay.make_scholar(SHAPE, constants)
+    device = constants.DEVICE
     solver, vae = scholar.model.to(device), scholar.replay.generator.to(device)
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, fused=True) for m in (solver, vae)]
     seen, accuracies = torch.empty(0, dtype=torch.long, device=device), []
@@ -151,7 +155,7 @@ def faster_than_stock(repeats: int) -> list[float]:
     constants = constants_for(0)
     images = Generator.load_mnist(folder)
     stream = Generator.make_benchmark(images, constants).train_stream
-    scholar = GenerativeReplay.make_scholar(SHAPE, constants, "cpu")
+    scholar = GenerativeReplay.make_scholar(SHAPE, constants)
     scholar.train(stream[0], iterations=10)
     iterations = -(-len(stream[1].dataset) // BATCH)
 
@@ -186,7 +190,7 @@ def growth(repeats: int, iterations: int) -> tuple[list[float], float]:
     benchmark = in_memory_benchmark(experiences, experiences)
     ratios, peaks = [], []
     for _ in range(repeats):
-        scholar, times = GenerativeReplay.make_scholar(SHAPE, constants, "cpu"), []
+        scholar, times = GenerativeReplay.make_scholar(SHAPE, constants), []
         for experience in benchmark.train_stream:
             start = time.perf_counter()
             scholar.train(experience, iterations=iterations)

@@ -12,10 +12,12 @@ import torch
 
 import GenerativeReplay
 import Generator
+from figures import draw
 
 ROOT = Path(__file__).parent.parent
 # No display, no network (a proxy that nobody listens on), and no MNIST from outside.
-OFFLINE = {"MPLBACKEND": "agg", "https_proxy": "http://127.0.0.1:9", "DATA_DIR": "nowhere"}
+NOWHERE = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY"], "http://127.0.0.1:9")
+OFFLINE = {"MPLBACKEND": "agg", "DATA_DIR": "nowhere", "no_proxy": "", **NOWHERE}
 QUICK = ("--dataset", "digits", "--iterations", "20")
 
 
@@ -43,7 +45,9 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for name in Generator.RULES:
         assert "--" + name.lower().replace("_", "-") in text
-    assert "double that at every further experience" in text
+    for line in (ROOT / "Generator.py").read_text().splitlines():
+        if line[:1].isupper() and "  # " in line:
+            assert line.split("  # ")[1] in text
     assert ("--input-dropout" in text) == (script == "GenerativeReplay.py")
 
 
@@ -63,6 +67,8 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
         (["--n-experiences", "3"], "N_EXPERIENCES is 3"),
         (["--class-order", "0", "1"], "CLASS_ORDER is (0, 1)"),
         (["--seeds", "1", "1"], "SEEDS is (1, 1)"),
+        (["--seeds", "[0]"], "SEEDS is ([0],)"),
+        (["--seeds", str(2**64)], "SEEDS is"),
         (["--device", "gpu"], "DEVICE is 'gpu'"),
         (["--input-dropout", "1"], "INPUT_DROPOUT is 1"),
         (["--batchsize", "3"], "unrecognized arguments: --batchsize 3"),
@@ -76,8 +82,9 @@ def test_a_bad_constant_gets_one_line(arguments, complaint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_constants_from_the_command_line(monkeypatch, capsys):
+def test_constants_from_the_command_line(monkeypatch):
     words = "x --batch-size 64 --seeds 3 1 --replay-size None --increasing-replay-size --ratio .5"
+    words += " --results-dir 2024"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--class-order", *"9876543210"])
     constants = Generator.read_constants(Generator, GenerativeReplay)
     assert constants.BATCH_SIZE == 64 and constants.SEEDS == (3, 1) and constants.RATIO == 0.5
@@ -85,13 +92,14 @@ def test_constants_from_the_command_line(monkeypatch, capsys):
     assert constants.CLASS_ORDER == tuple(range(9, -1, -1))
     assert constants.LEARNING_RATE == Generator.LEARNING_RATE
     assert set(vars(constants)) == {*Generator.RULES, *GenerativeReplay.RULES}
-    assert "BATCH_SIZE = 64\n" in capsys.readouterr().out
+    assert constants.RESULTS_DIR == "2024"
 
 
 def test_the_experiment_and_its_results(tmp_path):
-    done = run("GenerativeReplay.py", *QUICK, "--seeds", 0, 1, cwd=tmp_path)
+    done = run("GenerativeReplay.py", *QUICK, "--seeds", 1, 0, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "BATCH_SIZE = 128" in done.stdout and done.stdout.count("accuracy so far") == 10
+    assert "BATCH_SIZE = 128\n" in done.stdout and "DATASET = 'digits'\n" in done.stdout
+    assert done.stdout.count("accuracy matrix") == 2 and done.stdout.count("accuracy so far") == 10
     files = sorted((tmp_path / "results").glob("*/results.json"))
     first, second = (json.loads(file.read_text()) for file in files)
     assert (first["seed"], second["seed"]) == (0, 1)
@@ -105,6 +113,7 @@ def test_the_experiment_and_its_results(tmp_path):
         assert result["dataset"] == "digits" and result["strategy"] == "replay"
         assert result["constants"]["ITERATIONS"] == 20 and result["seconds"] > 0
         assert set(result["versions"]) == {"python", "torch", "avalanche"}
+    assert first["constants"]["DEVICE"] != "auto"
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     values = [first["final_accuracy"], second["final_accuracy"]]
     assert summary["final_accuracy"]["mean"] == pytest.approx(np.mean(values))
@@ -114,7 +123,7 @@ def test_the_experiment_and_its_results(tmp_path):
     assert pictures == {"accuracy.png", "accuracy_matrix.png", "samples.png"}
     assert list(tmp_path.rglob("*.unfinished")) == []
 
-    # The same seed and constants give the same numbers; a file is no results folder.
+    # A seed gives the same numbers alone as after another one; a file is no results folder.
     (tmp_path / "file").touch()
     again = run("GenerativeReplay.py", *QUICK, "--results-dir", "again", cwd=tmp_path)
     assert again.returncode == 0
@@ -130,7 +139,8 @@ def test_the_generator_script_falls_back_on_the_digits_and_says_so(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert "MNIST can't be had" in done.stdout and "NOT MNIST" in done.stdout
     (folder,) = (tmp_path / "results").iterdir()
-    result = json.loads((folder / "results.json").read_text())
+    result = json.loads((folder / "generator.json").read_text())
+    assert "NOT MNIST" in draw.title(result, "")
     assert "NOT MNIST" in result["notice"] and result["dataset"] == "digits"
     assert np.shape(result["negative_elbo_matrix"]) == (2, 2)
     arrays = np.load(folder / "samples.npz")
@@ -172,6 +182,29 @@ def test_validation_images_are_never_trained_on():
     assert set(train) | set(validation) == {tuple(x.flatten().tolist()) for x in images.train[0]}
 
 
+def test_a_validation_set_that_leaves_nothing_to_learn(tmp_path):
+    done = run("Generator.py", *QUICK, "--validation-size", 1435, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "VALIDATION_SIZE" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_the_generator_learns_like_the_solver_unless_told_otherwise():
+    constants = Generator.SimpleNamespace(
+        **{name: vars(Generator)[name] for name in Generator.RULES}, INPUT_DROPOUT=0.0
+    )
+    constants.DEVICE = "cpu"
+
+    def settings():
+        scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
+        both = scholar, scholar.replay.generator_strategy
+        return [(type(s.optimizer), s.optimizer.defaults["lr"], s.train_mb_size) for s in both]
+
+    constants.LEARNING_RATE, constants.BATCH_SIZE = 0.01, 32
+    assert settings() == [(torch.optim.Adam, 0.01, 32)] * 2
+    constants.GENERATOR_LEARNING_RATE, constants.GENERATOR_BATCH_SIZE = 0.02, 64
+    assert settings() == [(torch.optim.Adam, 0.01, 32), (torch.optim.Adam, 0.02, 64)]
+
+
 def test_the_stream_brings_the_classes_in_order():
     order = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
     constants = Generator.SimpleNamespace(CLASS_ORDER=order, N_EXPERIENCES=5, VALIDATION_SIZE=0)
@@ -209,11 +242,12 @@ def test_mnist():
 
 @needs_mnist
 def test_two_experiences_of_mnist(tmp_path):
-    arguments = ["--dataset", "mnist", "--data-dir", mnist_folder().absolute()]
+    arguments = ["--data-dir", mnist_folder().absolute()]
     done = run(
         "GenerativeReplay.py", *arguments, "--iterations", 200, "--n-experiences", 2, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(next((tmp_path / "results").glob("*/results.json")).read_text())
+    assert result["constants"]["DATASET"] == "mnist"  # which "auto" has found
     assert result["dataset"] == "mnist" and result["notice"] == ""
     assert result["final_accuracy"] > 0.6 and result["accuracy_matrix"][1][0] > 0.2

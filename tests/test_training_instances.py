@@ -1,5 +1,8 @@
 """Every promise about replay, seen from inside real strategies on a tiny stream."""
 
+import copy
+import inspect
+
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
@@ -44,7 +47,7 @@ class Spy(SupervisedPlugin):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.counted = [], []
+        self.seen, self.counted, self.old_solver = [], [], None
 
     def before_forward(self, strategy, **kwargs):
         note = {
@@ -53,10 +56,9 @@ class Spy(SupervisedPlugin):
             "minibatch": [part.clone() for part in strategy.mbatch],
             "grad": strategy.mb_x.requires_grad,
         }
-        old = getattr(strategy.replay, "old_model", None)
-        if old is not None:
-            note["old_logits"] = old(strategy.mb_x).detach()
-            note["old_modes"] = {m.training for m in old.modules()}
+        if self.old_solver is not None:
+            note["old_logits"] = self.old_solver(strategy.mb_x).detach()
+            note["old_modes"] = {m.training for m in strategy.replay.old_model.modules()}
         self.seen.append(note)
 
     def before_backward(self, strategy, **kwargs):
@@ -127,9 +129,13 @@ def test_amount_of_replay(stream, replay, expected):
 
 def test_the_old_solver_labels_with_classes_that_it_has_seen(stream):
     strategy, spy, _ = scholar()
-    strategy.train(stream)
+    for experience in stream:
+        strategy.train(experience)
+        spy.old_solver = copy.deepcopy(strategy.model).eval()
     replayed = [note for note in spy.seen if note["experience"] > 0]
     assert len(replayed) == 9
+    choices = torch.cat([note["old_logits"][note["current"] :].argmax(1) for note in replayed[:3]])
+    assert not set(choices.tolist()) <= set(EXPERIENCES[0])  # or the restriction would be idle
     for note in replayed:
         seen = sorted(c for classes in EXPERIENCES[: note["experience"]] for c in classes)
         labels = note["minibatch"][1][note["current"] :]
@@ -151,13 +157,16 @@ def test_the_current_samples_come_first_and_are_not_changed(stream):
 
 
 def test_types_and_task_labels_stay_what_they_were(stream):
+    for experience in stream:  # any label but 0, which a plugin could have made up
+        images, labels, _ = experience.dataset.tensors
+        experience.dataset.tensors = images, labels, torch.full_like(labels, 3)
     strategy, *spies = scholar()
     strategy.train(stream)
     for note in spies[0].seen + spies[1].seen:
         x, y, task = note["minibatch"]
         assert (x.dtype, y.dtype, task.dtype) == (torch.float32, torch.int64, torch.int64)
         assert len(x) == len(y) == len(task)
-        assert task.unique().tolist() == [0]
+        assert task.unique().tolist() == [3]
         assert x.min() >= 0 and x.max() <= 1
 
 
@@ -244,9 +253,17 @@ def test_training_metrics_count_real_samples_only(stream):
             else:
                 expected = negative_elbo(minibatch[0], output).mean()
             assert loss == pytest.approx(expected.item(), rel=1e-4)
-    name = "Top1_Acc_Epoch/train_phase/train_stream/Task000"
-    for k, reported in enumerate(evaluator.get_all_metrics()[name][1]):
+    curves = evaluator.get_all_metrics()
+    accuracies = curves["Top1_Acc_Epoch/train_phase/train_stream/Task000"][1]
+    losses = curves["Loss_Epoch/train_phase/train_stream/Task000"][1]
+    assert len(accuracies) == len(losses) == 4
+    for k, (reported, reported_loss) in enumerate(zip(accuracies, losses, strict=True)):
         notes = [note for note in spy.seen if note["experience"] == k]
+        output, y = (
+            torch.cat([part[: n["current"]] for part, n in zip(parts, notes, strict=True)])
+            for parts in ([n["output"][0] for n in notes], [n["minibatch"][1] for n in notes])
+        )
+        assert reported_loss == pytest.approx(cross_entropy(output, y).item(), rel=1e-4)
         right = [
             (n["output"][0].argmax(1) == n["minibatch"][1])[: n["current"]].float() for n in notes
         ]
@@ -280,12 +297,13 @@ def test_a_generator_can_learn_a_stream_alone(stream):
     assert spy.amounts() == [[0, 0, 0], [8, 8, 4], [8, 8, 4], [8, 8, 4]]
 
 
-def test_strategies_are_keyword_only():
-    vae = VAE(SHAPE, hidden_units=16, latent_size=4)
-    with pytest.raises(TypeError):
-        VAETraining.__init__.__wrapped__(object(), vae)
-    with pytest.raises(TypeError):
-        GenerativeReplay.__init__.__wrapped__(object(), vae)
+@pytest.mark.parametrize("strategy", [VAETraining, GenerativeReplay])
+def test_strategies_are_keyword_only(strategy):
+    _, *parameters = inspect.signature(strategy.__init__).parameters.values()
+    assert {p.kind for p in parameters} == {
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    }
 
 
 def test_epochs_and_iterations(stream):
