@@ -105,21 +105,24 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace):
     )
 
 
-def remember(scholar, class_order: tuple[int, ...], per_class: int = 2):
-    """What the scholar's generator remembers: samples sorted by the class its solver sees in them.
+def remember(scholar, class_order: tuple[int, ...]):
+    """What the scholar remembers: 1,000 generated images, sorted by the class its solver sees.
 
-    :return: images, shape (len(class_order) * per_class, C, H, W): the first ones of each class
-        in the order of the stream; NaN where a class is not (or no longer) among the samples.
+    :return: images, shape (2 * len(class_order), C, H, W): for each class in the order of the
+        stream the one that the solver is surest of and the first, so an ordinary one; NaN where
+        a class is not (or no longer) among the images.
     """
     import torch
 
-    x = scholar.replay.generator.generate(1000)
+    x, seen = scholar.replay.generator.generate(1000), scholar.replay.seen_classes
     with torch.no_grad():
-        y = scholar.replay.label(scholar.model.eval(), x)
-    pictures = torch.full((len(class_order), per_class, *x.shape[1:]), torch.nan)
-    for row, label in zip(pictures, class_order):
-        found = x[y == label][:per_class]
-        row[: len(found)] = found
+        certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
+    pictures = torch.full((len(class_order), 2, *x.shape[1:]), torch.nan)
+    for pair, label in zip(pictures, class_order):
+        rows = (seen[index] == label).nonzero().flatten()
+        if len(rows):
+            pair[0] = x[rows[certainty[rows].argmax()]]
+            pair[1] = x[rows[0]]
     return pictures.flatten(0, 1)
 
 

@@ -90,24 +90,21 @@ class ReplayedData(GenerativeReplayPlugin):
             return
         with torch.no_grad():
             x = self.old_generator.generate(amount).to(strategy.device)
-            if self.model_is_generator:
-                y = strategy.mb_y.new_zeros(amount)  # nobody reads them
-            else:
-                y = self.label(self.old_model, x)
+            # The generator's labels are for nobody: its loss doesn't read them.
+            y = strategy.mb_y.new_zeros(amount) if self.model_is_generator else self.label(x)
         # Only one head and no task identity: replayed samples take the task label of the first.
         constants = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         strategy.mbatch = [
             torch.cat(pair) for pair in zip(strategy.mbatch, [x, y, *constants], strict=True)
         ]
 
-    def label(self, solver: Module, x: Tensor) -> Tensor:
-        """Label images by a solver, among the classes that have been seen.
+    def label(self, x: Tensor) -> Tensor:
+        """Labels that the old solver gives to images, among the classes that it has seen.
 
-        :param solver: returns logits of shape (batch, number of classes).
         :param x: images, shape (batch, C, H, W).
         :return: class labels (int64), shape (batch,).
         """
-        return self.seen_classes[solver(x)[:, self.seen_classes].argmax(1)]
+        return self.seen_classes[self.old_model(x)[:, self.seen_classes].argmax(1)]
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again, so that training metrics count real ones only."""

@@ -54,16 +54,25 @@ def show_rows(axes, images: np.ndarray, results: dict) -> None:
     axes.spines[:].set_visible(False)
 
 
+def separate_pairs(axes, pairs: int) -> None:
+    """Draw lines between pairs of columns."""
+    for x in np.linspace(*axes.get_xlim(), pairs + 1)[1:-1]:
+        axes.axvline(x + 0.5, color="gray", linewidth=0.8)
+
+
 @plt.rc_context(STYLE)
 def memories(results: dict, arrays: dict) -> plt.Figure:
-    """Generated images after each experience, two columns per class as the solver sees them."""
+    """Generated images after each experience, two for each class: the surest and any other."""
     samples = arrays["samples"]
     experiences, columns = samples.shape[:2]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
     show_rows(axes, samples, results)
+    separate_pairs(axes, columns // 2)
     order = results["constants"]["CLASS_ORDER"]
     axes.set_xticks((np.arange(len(order)) + 0.5) * axes.get_xlim()[1] / len(order), order)
-    axes.set_xlabel("class that the solver sees in them")
+    axes.set_xlabel(
+        "by the class that the solver sees in them, of 1,000 samples: the surest and the first"
+    )
     axes.set_title(title(results, "What the generator remembers"))
     return figure
 
@@ -80,8 +89,7 @@ def generator(results: dict, arrays: dict) -> plt.Figure:
     show_rows(upper, samples, results)
     upper.set_title(title(results, "Samples"))
     show_rows(lower, pairs, results)
-    for x in np.linspace(*lower.get_xlim(), len(originals) + 1)[1:-1]:
-        lower.axvline(x + 0.5, color="gray", linewidth=0.8)  # between the pairs
+    separate_pairs(lower, len(originals))
     lower.set_title("Test images of each class, each with its reconstruction to the right")
     return figure
 

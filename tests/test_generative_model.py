@@ -58,7 +58,7 @@ def test_the_architecture_is_symmetric_with_two_hidden_layers():
     def sizes(layers):
         return [tuple(m.weight.shape) for m in layers if isinstance(m, torch.nn.Linear)]
 
-    vae = VAE((1, 28, 28))
+    vae = VAE((1, 28, 28), latent_size=100)
     assert sizes(vae.encoder) == [(400, 784), (400, 400)]
     assert sizes(vae.decoder) == [(400, 100), (400, 400), (784, 400)]
     assert sizes([vae.z_mean, vae.z_log_var]) == [(100, 400), (100, 400)]
