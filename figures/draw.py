@@ -130,7 +130,7 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     axes.plot(x, 100 / classes, ":", color="gray", label="chance among the classes so far")
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="center right")
     seeds = " ".join(str(run["seed"]) for run in runs)
     axes.set_title(title({**runs[0], "seed": seeds}, "Accuracy on all experiences so far"))
     return figure
