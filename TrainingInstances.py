@@ -132,8 +132,7 @@ class ReplayedData(GenerativeReplayPlugin):
 class TensorLoader:
     """Minibatches of tensors that lie in memory.
 
-    One `index_select` per tensor and minibatch, where a data loader collects sample by sample:
-    0.1 ms instead of 27 ms for 128 MNIST images with Avalanche's own.
+    One `index_select` per tensor and minibatch, where a data loader collects sample by sample.
 
     :param tensors: tensors of equal length: images, class labels, task labels.
     :param batch_size: samples in a minibatch; the last one may be shorter.
