@@ -1,16 +1,18 @@
 """The generative model of the scholar: a variational autoencoder (VAE).
 
 In:  images in [0, 1], any shape (channels, height, width).  Out: new images like them.
-`GenerativeModel` is the contract that any generator meets, `VAE` the one that we use, and
-`negative_elbo` its loss.  Nothing here knows of experiences or replay.
+`GenerativeModel` is the contract that any generator meets, `VAE` the one that we use,
+`LatentMixtures` what it may draw its latents from, and `negative_elbo` its loss.
 Run: nothing; `python Generator.py` trains and shows it.  Next to read: Generator.py.
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
 
 
@@ -37,6 +39,73 @@ class GenerativeModel(nn.Module, ABC):
         """
 
 
+class LatentMixtures(nn.Module):
+    """A mixture of Gaussians with full covariances over the latents of each class.
+
+    A VAE's encodings don't fill the prior N(0, I): drawn from it, many latents lie where the decoder
+    has learned nothing, and some classes come far too rarely. A density that is fitted to the
+    encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
+    1903.12436, section 4). It is per class, so that all classes are replayed equally often.
+
+    :param classes: how many classes there are to be.
+    :param components: Gaussians for each class.
+    :param latent_size: dimensions of the latent variable.
+    """
+
+    def __init__(self, classes: int, components: int, latent_size: int):
+        super().__init__()
+        self.register_buffer("fitted", torch.zeros(classes, dtype=torch.bool))
+        # Until a class is fitted, its mixture is the prior itself.
+        self.register_buffer("weights", torch.eye(components)[:1].repeat(classes, 1))
+        self.register_buffer("means", torch.zeros(classes, components, latent_size))
+        identity = torch.eye(latent_size).repeat(classes, components, 1, 1)
+        self.register_buffer("scales", identity)  # Cholesky factors of the covariances
+
+    def fit(self, z: Tensor, y: Tensor) -> None:
+        """Fit the mixtures of the classes in y by expectation maximisation; the others stay.
+
+        A class that comes back gets a mixture of what it was and what it is now, half and half. A
+        small class gets fewer components, one for each hundred encodings, so that none of them is
+        about single images.
+
+        :param z: encodings, shape (n, latent_size).
+        :param y: their class labels (int64), shape (n,).
+        """
+        from sklearn.mixture import GaussianMixture
+
+        for label in y.unique().tolist():
+            own = z[y == label]
+            if self.fitted[label]:
+                own = torch.cat([own, self.sample(len(own), y[y == label])])
+            own = own.double().cpu().numpy()
+            count = min(self.weights.shape[1], max(1, len(own) // 100))
+            seed = int(torch.randint(2**31, ()))
+            mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
+            with warnings.catch_warnings():  # fifty steps are enough, converged or not
+                warnings.simplefilter("ignore", category=UserWarning)
+                mixture.fit(own)
+            self.fitted[label] = True
+            self.weights[label] = 0
+            self.weights[label, :count] = torch.tensor(mixture.weights_)
+            self.means[label, :count] = torch.tensor(mixture.means_)
+            covariances = torch.tensor(mixture.covariances_)
+            self.scales[label, :count] = torch.linalg.cholesky(covariances).to(self.scales)
+
+    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
+        """Draw latents of given classes, or of all fitted ones, each equally often.
+
+        :param count: number of latents.
+        :param y: class labels (int64), shape (count,), or None.
+        :return: latents, shape (count, latent_size).
+        """
+        if y is None:
+            share = self.fitted.float() + ~self.fitted.any()  # all, as long as none is fitted
+            y = Categorical(share, validate_args=False).sample((count,))
+        component = Categorical(self.weights[y], validate_args=False).sample()
+        mean, scale = self.means[y, component], self.scales[y, component]
+        return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
+
+
 class VAE(GenerativeModel):
     """A fully connected, symmetric variational autoencoder (Kingma & Welling 2014, 2019).
 
@@ -46,11 +115,18 @@ class VAE(GenerativeModel):
     :param shape: shape of one image, (channels, height, width).
     :param hidden_units: units in each hidden layer.
     :param latent_size: dimensions of the latent variable z.
+    :param mixtures: what to draw z from once it is fitted; None: always the prior N(0, I).
     """
 
-    def __init__(self, shape: tuple[int, int, int], hidden_units: int = 400, latent_size: int = 32):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        hidden_units: int = 400,
+        latent_size: int = 32,
+        mixtures: LatentMixtures | None = None,
+    ):
         super().__init__()
-        self.shape, self.latent_size = tuple(shape), latent_size
+        self.shape, self.latent_size, self.mixtures = tuple(shape), latent_size, mixtures
         pixels = math.prod(shape)
         self.encoder = nn.Sequential(
             nn.Flatten(),
@@ -92,15 +168,21 @@ class VAE(GenerativeModel):
         """
         return z_mean + torch.exp(0.5 * z_log_var) * torch.randn_like(z_mean)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One pass through the computational graph: encode, draw z, decode.
 
         :param x: images in [0, 1], shape (batch, C, H, W).
-        :return: logits (batch, C, H, W), z_mean and z_log_var (batch, latent_size): the arguments
-            of `negative_elbo`.
+        :param z: latents to decode as they are, behind those of the images, shape (m, latent_size).
+        :return: logits (batch + m, C, H, W), z_mean and z_log_var (batch + m, latent_size): the
+            arguments of `negative_elbo`. The latents that were given count as drawn from the
+            prior itself (mean 0, variance 1), without a divergence from it.
         """
         z_mean, z_log_var = self.encode(x)
-        return self.decode(self.reparametrize(z_mean, z_log_var)), z_mean, z_log_var
+        code = self.reparametrize(z_mean, z_log_var)
+        if z is not None:
+            code = torch.cat([code, z])
+            z_mean, z_log_var = (F.pad(part, (0, 0, 0, len(z))) for part in (z_mean, z_log_var))
+        return self.decode(code), z_mean, z_log_var
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -112,32 +194,46 @@ class VAE(GenerativeModel):
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
     @torch.no_grad()
-    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Draw z from the prior N(0, I) and return the mean of p(x|z); see the base class.
+    def draw(self, count: int, condition: Tensor | None = None) -> Tensor:
+        """Draw latents: from the mixtures if there are any, else from the prior N(0, I).
 
-        :raises ValueError: if a condition is given: this model has none.
+        :param count: number of latents.
+        :param condition: class labels (int64) to draw for, shape (count,); None: any.
+        :return: latents, shape (count, latent_size).
+        :raises ValueError: if a condition is given to a VAE without mixtures.
         """
+        if self.mixtures is not None:
+            return self.mixtures.sample(count, condition)
         if condition is not None:
-            raise ValueError("VAE.generate: this VAE is not conditional, leave condition at None")
-        count = 1 if batch_size is None else batch_size
-        z = torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
-        if was_training := self.training:
-            self.eval()
-        images = torch.sigmoid(self.decode(z))
-        if was_training:
-            self.train()
+            raise ValueError("VAE: without mixtures it knows no classes, leave condition at None")
+        return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
+
+    @torch.no_grad()
+    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
+        """Draw z and return the mean of p(x|z); see the base class.
+
+        :raises ValueError: if a condition is given to a VAE without mixtures.
+        """
+        was_training, count = self.training, 1 if batch_size is None else batch_size
+        images = torch.sigmoid(self.eval().decode(self.draw(count, condition)))
+        self.train(was_training)
         return images[0] if batch_size is None else images
 
 
-def negative_elbo(x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def negative_elbo(
+    x: Tensor, output: tuple[Tensor, Tensor, Tensor], kl_weight: float = 1.0
+) -> Tensor:
     """Negative evidence lower bound of each image, in nats: what the VAE minimises.
 
     -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), the expectation from one draw of z (Kingma &
     Welling 2014, eq. 10). The first term is Bernoulli (binary cross-entropy, summed over pixels),
     the second has the closed form ½ Σ (σ² + z_mean² - 1 - z_log_var), summed over latents.
+    A weight of the second below 1 (β in Higgins et al. 2017) gives sharper images, and encodings
+    that keep less to the prior: for those who draw z from a density fitted to the encodings.
 
     :param x: images in [0, 1], shape (batch, C, H, W).
     :param output: what `VAE.forward` returned for them.
+    :param kl_weight: β.
     :return: one value for each image, shape (batch,). Their mean is the loss, so that its scale
         does not depend on the batch size.
     """
@@ -145,4 +241,4 @@ def negative_elbo(x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     reconstruction = pixels.flatten(1).sum(1)
     kl = 0.5 * (z_log_var.exp() + z_mean.square() - 1 - z_log_var).sum(1)
-    return reconstruction + kl
+    return reconstruction + kl_weight * kl

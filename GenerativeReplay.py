@@ -6,9 +6,11 @@ One head, no task identity, and past data is never seen again: only generated.
 Run: `python GenerativeReplay.py`, or with `--help`.  This is the last of the four.
 """
 
+import json
 import math
 import sys
 import time
+from os import cpu_count
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -16,92 +18,157 @@ from types import SimpleNamespace
 import Generator
 
 # ------------------------------------------------------------------------------------------------
-# Constants of the solver. All others, from DATASET to RESULTS_DIR, stand at the top of Generator.py
-# and are options here too: `python GenerativeReplay.py --seeds 0 1 2 --replay-size 64`.
-INPUT_DROPOUT = 0.3  # share of pixels hidden from the solver while it trains; 0: plain replay
+# Constants of the experiment. All others, from DATASET to RESULTS_DIR, stand at the top of
+# Generator.py and are options here too: `python GenerativeReplay.py --seeds 0 1 2`.
+STRATEGIES = ("replay",)  # replay; naive: no replay, only fine-tuning; joint: all data so far
+INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
+INPUT_NOISE = 0.2  # standard deviation of noise on the solver's pixels while it trains
+TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
+ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
+N_JOBS = 1  # runs at the same time, each in a process of its own
+FORCE = False  # run anew what is finished already
 # ------------------------------------------------------------------------------------------------
 
+# The ingredients, in the order in which the ablation adds them to plain replay, and how each is
+# turned off.
+INGREDIENTS = {
+    "robust input": {"INPUT_DROPOUT": 0, "INPUT_NOISE": 0},
+    "annealing": {"ANNEAL": False},
+    "soft targets": {"TEMPERATURE": None},
+    "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
+    "KL weight": {"KL_WEIGHT": 1},
+}
+
 RULES = {
+    "STRATEGIES": (
+        lambda v: type(v) in (tuple, list)
+        and len(v) == len(set(v)) > 0
+        and set(v) <= {"replay", "naive", "joint"},
+        "one or more of replay, naive, joint",
+    ),
     "INPUT_DROPOUT": (
         lambda v: Generator.number(v) and 0 <= v < 1,
         "a number from 0 to below 1",
     ),
+    "INPUT_NOISE": (lambda v: Generator.number(v) and v >= 0, "a number, 0 or more"),
+    "TEMPERATURE": (lambda v: v is None or Generator.positive(v), "a positive number, or none"),
+    "ABLATION": (lambda v: type(v) is bool, "true or false"),
+    "N_JOBS": (Generator.whole(1), "a positive integer"),
+    "FORCE": (lambda v: type(v) is bool, "true or false"),
 }
 
 
 def main() -> None:
-    """Run the experiment for each seed, then summarize."""
-    constants, images, benchmark = Generator.prepare(Generator, sys.modules[__name__])
-    runs = [run(benchmark, images, constants, seed) for seed in constants.SEEDS]
+    """Run the experiment for each strategy and seed, then summarize."""
+    from joblib import Parallel, delayed
+
+    constants, images = Generator.prepare(Generator, sys.modules[__name__])
+    runs = Parallel(constants.N_JOBS)(
+        delayed(run)(*variant, seed, images)
+        for variant in variants(constants)
+        for seed in constants.SEEDS
+    )
     summarize(runs, constants)
 
 
-def run(benchmark, images, constants: SimpleNamespace, seed: int) -> dict:
+def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace]]:
+    """What is to be run for each seed: its name in tables, its strategy, its constants."""
+    if not constants.ABLATION:
+        return [(strategy, strategy, constants) for strategy in constants.STRATEGIES]
+    steps, plain = [], {name: off for step in INGREDIENTS.values() for name, off in step.items()}
+    for name in ("plain replay", *INGREDIENTS):
+        plain = {k: v for k, v in plain.items() if k not in INGREDIENTS.get(name, ())}
+        step = SimpleNamespace(**vars(constants) | plain)
+        steps.append((f"+ {name}" if steps else name, "replay", step))
+    return [*steps, ("naive", "naive", constants), ("joint", "joint", constants)]
+
+
+def run(name: str, strategy: str, constants: SimpleNamespace, seed: int, images) -> dict:
     """Train a new scholar along the stream; return and write what came out (results.json)."""
     import torch
 
     from figures import draw
 
     started = time.perf_counter()
-    torch.manual_seed(seed)
-    scholar = make_scholar(images.train[0].shape[1:], constants)
+    folder = Generator.run_folder(constants, images.name, strategy, seed)
+    if (folder / "results.json").exists() and not constants.FORCE:
+        print(f"{name}, seed {seed}: finished already, in {folder}", flush=True)
+        return json.loads((folder / "results.json").read_text()) | {"name": name}
+    if constants.N_JOBS > 1:
+        torch.set_num_threads(max(1, cpu_count() // constants.N_JOBS))
+    constants = Generator.for_seed(constants, seed)
+    benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
+    scholar = make_scholar(images.train[0].shape[1:], constants, replay=strategy == "replay")
     matrix, memories = [], []
 
     for experience in benchmark.train_stream:
-        scholar.train(experience, iterations=constants.ITERATIONS)
+        scholar.train(experience)
         metrics = scholar.eval(benchmark.test_stream)
         matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp", constants.N_EXPERIENCES))
-        memories.append(remember(scholar, constants.CLASS_ORDER))
+        if strategy == "replay":
+            memories.append(remember(scholar, constants.CLASS_ORDER))
         so_far = mean(matrix[-1][: len(matrix)])
-        Generator.report(experience, constants, f"accuracy so far {so_far:.2%}", started)
+        text = f"accuracy so far {so_far:.2%}"
+        Generator.report(f"{name}, seed {seed}", experience, constants, text, started)
 
     print_matrix(matrix)
-    strategy = "naive" if constants.REPLAY_SIZE == 0 else "replay"
     record = Generator.run_record(constants, images, strategy, seed, started)
     record["accuracy_matrix"] = matrix
     record["final_accuracy"] = mean(matrix[-1])
     record["forgetting"] = forgetting(matrix)
-    folder = Generator.run_folder(constants, images.name, strategy, seed)
-    arrays = {"samples": torch.stack(memories).cpu().numpy()}
-    Generator.write(folder / "results.json", record)
-    Generator.write(folder / "samples.npz", arrays)
-    Generator.write(folder / "samples.png", draw.memories(record, arrays))
+    if memories:
+        arrays = {"samples": torch.stack(memories).cpu().numpy()}
+        Generator.write(folder / "samples.npz", arrays)
+        Generator.write(folder / "samples.png", draw.memories(record, arrays))
     Generator.write(folder / "accuracy_matrix.png", draw.accuracy_matrix(record))
-    return record
+    Generator.write(folder / "results.json", record)  # last: it says that the run is finished
+    return record | {"name": name}
 
 
-def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace):
+def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay: bool = True):
     """The scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param shape: shape of one image, (channels, height, width).
-    :return: a `GenerativeReplay` strategy; `model` is the solver, its logits are one per class.
+    :param replay: whether there is a generator at all; else it is plain fine-tuning.
+    :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
+        solver, its logits are one per class.
     """
     from avalanche.evaluation.metrics import accuracy_metrics
-    from torch import nn, optim
+    from torch import nn
+    from torch.nn.functional import cross_entropy
 
-    from TrainingInstances import EvaluationOnly, GenerativeReplay
+    from TrainingInstances import EvaluationOnly, GenerativeReplay, InputNoise, ScholarTemplate
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
         nn.Flatten(),
-        # The past comes as the generator paints it, a little blurred. Without this the solver
+        # The past comes as the generator paints it, a little blurred. Without these two the solver
         # learns that blurred means old, and takes sharp test images for the newest classes.
+        InputNoise(constants.INPUT_NOISE),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),
         nn.Linear(units, len(constants.CLASS_ORDER)),
     )  # fmt: skip
+    common = {
+        "model": solver,
+        **Generator.training(
+            solver, constants.LEARNING_RATE, constants.ITERATIONS, constants.ANNEAL
+        ),
+        "train_mb_size": constants.BATCH_SIZE,
+        "eval_mb_size": 1000,
+        "evaluator": EvaluationOnly(accuracy_metrics(experience=True)),
+        "device": constants.DEVICE,
+    }
+    if not replay:
+        return ScholarTemplate(criterion=cross_entropy, **common)
     return GenerativeReplay(
-        model=solver,
-        optimizer=optim.Adam(solver.parameters(), lr=constants.LEARNING_RATE, fused=True),
         generator_strategy=Generator.make_generator_strategy(shape, constants),
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
-        train_mb_size=constants.BATCH_SIZE,
-        eval_mb_size=1000,
-        evaluator=EvaluationOnly(accuracy_metrics(experience=True)),
-        device=constants.DEVICE,
+        temperature=constants.TEMPERATURE,
+        **common,
     )
 
 
@@ -147,34 +214,42 @@ def print_matrix(matrix: list[list[float]]) -> None:
 
 
 def summarize(runs: list[dict], constants: SimpleNamespace) -> None:
-    """Mean and standard error over the seeds: a printed table, summary.json and a figure."""
+    """Mean and standard error over the seeds: a printed table, summary.json and figures."""
     from figures import draw
 
-    shared = ("dataset", "notice", "strategy", "constants", "versions")
-    summary = {key: runs[0][key] for key in shared} | {"seeds": [run["seed"] for run in runs]}
-    for key in ("final_accuracy", "forgetting", "seconds"):
-        values = [run[key] for run in runs]
-        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        summary[key] = {"mean": mean(values), "standard_error": error, "values": values}
+    shared = ("dataset", "notice", "versions")
+    summary = {key: runs[0][key] for key in shared} | {
+        "constants": vars(constants), "seeds": constants.SEEDS, "results": {}
+    }  # fmt: skip
+    keys = ("final_accuracy", "forgetting", "seconds")
+    print(f"\n{'':34}final accuracy     forgetting  seconds")
+    for name in dict.fromkeys(run["name"] for run in runs):
+        own = [run for run in runs if run["name"] == name]
+        results = {key: over_seeds([run[key] for run in own]) for key in keys}
+        summary["results"][name] = results
+        for run in own:
+            values = f"{run['final_accuracy']:14.2%} {run['forgetting']:14.2%}"
+            print(f"{name + ', seed ' + str(run['seed']):34}{values} {run['seconds']:8.0f}")
+        if len(own) > 1:
+            accuracy, lost, seconds = results.values()
+            values = (f"{r['mean']:.2%} ± {r['standard_error']:.2%}" for r in (accuracy, lost))
+            print(f"{name + ', mean ± standard error':34}", end="")
+            print(*(f"{value:>14}" for value in values), f"{seconds['mean']:8.0f}")
     folder = Path(constants.RESULTS_DIR)
     Generator.write(folder / "summary.json", summary)
     Generator.write(folder / "accuracy.png", draw.accuracy_so_far(runs))
-
-    print("\nseed  final accuracy  forgetting  seconds")
-    for run in runs:
-        accuracy, lost = run["final_accuracy"], run["forgetting"]
-        print(f"{run['seed']:4}  {accuracy:14.2%}  {lost:10.2%}  {run['seconds']:7.0f}")
-    if len(runs) > 1:
-        accuracy, lost = summary["final_accuracy"], summary["forgetting"]
-        print(
-            f"mean ± standard error: final accuracy {accuracy['mean']:.2%} ± "
-            f"{accuracy['standard_error']:.2%}, forgetting {lost['mean']:.2%} ± "
-            f"{lost['standard_error']:.2%}"
-        )
+    if constants.ABLATION:
+        Generator.write(folder / "ablation.png", draw.ablation(summary))
     if runs[0]["notice"]:
         print(f"These are numbers of {runs[0]['notice']}.")
     print(f"Results and figures are in {folder}")
     Generator.show_windows()
+
+
+def over_seeds(values: list[float]) -> dict:
+    """Mean and standard error (of the mean; None for a single value), and the values."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": mean(values), "standard_error": error, "values": values}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
@@ -26,15 +27,18 @@ from typing import NoReturn
 # ------------------------------------------------------------------------------------------------
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
-DATASET = "auto"  # mnist; digits (in scikit-learn); auto: mnist, or digits where it can't be had
-DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where MNIST lies, or is downloaded to
+DATASET = "auto"  # mnist; fashion; kmnist; digits (in scikit-learn); auto: mnist, else digits
+DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where the images lie, or are downloaded to
 VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
-SEEDS = (0,)  # one run each, in turn
-ITERATIONS = None  # minibatches per experience; none: 1500 for mnist, 300 for digits
+SHUFFLE_CLASSES = False  # another order of the classes for each seed instead
+SEEDS = (0,)  # one run each
+ITERATIONS = None  # minibatches per experience; none: 3000, or 300 for digits
 BATCH_SIZE = 128  # real images in a minibatch
-LEARNING_RATE = 0.001  # of Adam
+LEARNING_RATE = 0.002  # of Adam
+ANNEAL = True  # let it fall to 0 over each experience, along a cosine (Loshchilov & Hutter 2017)
+GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: as the solver
 GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; none: as the solver
 GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: as the solver
 REPLAY_SIZE = None  # replayed images added to each minibatch; none: as many as it has; 0: no replay
@@ -42,6 +46,8 @@ INCREASING_REPLAY_SIZE = False  # double that at every further experience
 RATIO = None  # importance r of the current data, 0 to 1; none: 1/k at the k-th experience
 HIDDEN_UNITS = 400  # in each of the two hidden layers of solver, encoder and decoder
 LATENT_SIZE = 32  # dimensions of the VAE's latent variable z
+KL_WEIGHT = 0.1  # β, weight of the VAE's KL term; 1: the evidence lower bound itself
+MIXTURE_COMPONENTS = 10  # Gaussians per class to draw z from, fitted afterwards; 0: z from N(0, I)
 DEVICE = "auto"  # cpu, cuda, cuda:1, mps; auto: the first that is there of cuda, mps, cpu
 RESULTS_DIR = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
@@ -82,7 +88,10 @@ def distinct(value: object) -> bool:
 
 # What is allowed, in code and in words. The scripts check their constants before anything else.
 RULES = {
-    "DATASET": (lambda v: v in ("auto", "mnist", "digits"), "one of auto, mnist, digits"),
+    "DATASET": (
+        lambda v: v in ("auto", "mnist", "fashion", "kmnist", "digits"),
+        "one of auto, mnist, fashion, kmnist, digits",
+    ),
     "DATA_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
     "VALIDATION_SIZE": (whole(0), "a number of images, 0 or more"),
     "N_EXPERIENCES": (lambda v: whole(1)(v) and 10 % v == 0, "1, 2, 5 or 10, to divide 10 classes"),
@@ -90,10 +99,13 @@ RULES = {
         lambda v: distinct(v) and sorted(v) == list(range(10)),
         "each of the classes 0 to 9 once",
     ),
+    "SHUFFLE_CLASSES": (lambda v: type(v) is bool, "true or false"),
     "SEEDS": (distinct, "one or more different integers, 0 or more"),
     "ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
     "BATCH_SIZE": (whole(1), "a positive integer"),
     "LEARNING_RATE": (positive, "a positive number"),
+    "ANNEAL": (lambda v: type(v) is bool, "true or false"),
+    "GENERATOR_ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
     "GENERATOR_BATCH_SIZE": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
     "GENERATOR_LEARNING_RATE": (lambda v: v is None or positive(v), "a positive number, or none"),
     "REPLAY_SIZE": (lambda v: v is None or whole(0)(v), "an integer, 0 or more, or none"),
@@ -104,6 +116,8 @@ RULES = {
     ),
     "HIDDEN_UNITS": (whole(1), "a positive integer"),
     "LATENT_SIZE": (whole(1), "a positive integer"),
+    "KL_WEIGHT": (positive, "a positive number"),
+    "MIXTURE_COMPONENTS": (whole(0), "an integer, 0 or more"),
     "DEVICE": (
         lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v),
         "one of auto, cpu, cuda, cuda:0, mps",
@@ -173,23 +187,25 @@ def choose_device(name: str) -> str:
 def load_images(name: str, data_dir: str) -> SimpleNamespace:
     """Images and labels of a data set, in memory.
 
-    :param name: "mnist", "digits", or "auto" (MNIST, and the digits where it can't be had).
-    :param data_dir: folder where torchvision looks for MNIST, and to which it downloads it.
-    :return: `name`, "mnist" or "digits"; `train` and `test`, pairs of images (float32 in [0, 1],
-        shape (n, 1, 28, 28)) and labels (int64, shape (n,)); `iterations`, how many minibatches
-        per experience suit it; `notice`, a text that belongs wherever results are shown, or "".
-    :raises SystemExit: if MNIST was asked for by name and can't be had.
+    :param name: "mnist", "fashion", "kmnist", "digits", or "auto" (MNIST, and the digits where it
+        can't be had).
+    :param data_dir: folder where torchvision looks for the data, and to which it downloads it.
+    :return: `name`, resolved; `train` and `test`, pairs of images (float32 in [0, 1], shape
+        (n, 1, 28, 28)) and labels (int64, shape (n,)); `iterations`, how many minibatches per
+        experience suit it; `notice`, a text that belongs wherever results are shown, or "".
+    :raises SystemExit: if a data set was asked for by name and can't be had.
     """
     if name == "digits":
         return load_digits()
+    wanted = "mnist" if name == "auto" else name
     try:
-        return load_mnist(data_dir)
+        return load_torchvision(wanted, data_dir)
     except Exception as error:  # torchvision has no error of its own for damaged files
         reason = str(error).split("\n")[0] or type(error).__name__
-    if name == "mnist":
+    if name != "auto":
         fail(
-            f"MNIST can be neither read from {data_dir!r} nor downloaded ({reason}); set DATA_DIR "
-            "to the folder that holds MNIST/raw, delete damaged files, or set DATASET to 'digits'"
+            f"{name} can be neither read from {data_dir!r} nor downloaded ({reason}); set DATA_DIR "
+            "to the folder that holds its files, delete damaged ones, or set DATASET to 'digits'"
         )
     images = load_digits()
     images.notice = "scikit-learn's 8x8 digits, NOT MNIST"
@@ -198,28 +214,32 @@ def load_images(name: str, data_dir: str) -> SimpleNamespace:
     return images
 
 
-def load_mnist(data_dir: str) -> SimpleNamespace:
-    """MNIST (LeCun et al. 1998) from `data_dir`, downloaded if it is not there.
+def load_torchvision(name: str, data_dir: str) -> SimpleNamespace:
+    """MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017) or Kuzushiji-MNIST (Clanuwat et
+    al. 2018), from `data_dir`, downloaded if it is not there.
 
     :raises Exception: of whatever kind, if it can't be had or read.
     """
     import socket
 
-    from torchvision.datasets import MNIST
+    from torchvision import datasets
 
+    dataset = {
+        "mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST
+    }[name]  # fmt: skip
     try:
-        sets = [MNIST(data_dir, train=train) for train in (True, False)]
+        sets = [dataset(data_dir, train=train) for train in (True, False)]
     except RuntimeError:  # torchvision's word for "not there"
-        print(f"MNIST is not in {data_dir!r}: downloading it (12 MB)", flush=True)
+        print(f"{dataset.__name__} is not in {data_dir!r}: downloading it", flush=True)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
         try:
-            MNIST(data_dir, download=True)
+            dataset(data_dir, download=True)
         finally:
             socket.setdefaulttimeout(timeout)
-        sets = [MNIST(data_dir, train=train) for train in (True, False)]
+        sets = [dataset(data_dir, train=train) for train in (True, False)]
     train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
-    return SimpleNamespace(name="mnist", train=train, test=test, iterations=1500, notice="")
+    return SimpleNamespace(name=name, train=train, test=test, iterations=3000, notice="")
 
 
 def load_digits() -> SimpleNamespace:
@@ -240,11 +260,12 @@ def load_digits() -> SimpleNamespace:
     return SimpleNamespace(name="digits", train=train, test=test, iterations=300, notice="")
 
 
-def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
+def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulative: bool = False):
     """Class-incremental stream: each experience brings the next classes, and no task identity.
 
     :param images: from `load_images`.
     :param constants: CLASS_ORDER, N_EXPERIENCES and VALIDATION_SIZE are used.
+    :param cumulative: whether each experience also brings all earlier images once more.
     :return: an Avalanche benchmark with `train_stream` and `test_stream`, equally long. Its test
         stream holds validation images if VALIDATION_SIZE says so.
     """
@@ -266,7 +287,10 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace):
             fail(f"VALIDATION_SIZE {held_out} leaves an experience without images; change it")
         return [(x[mask], y[mask]) for mask in masks]
 
-    return in_memory_benchmark(split(*train), split(*test))
+    train, test = split(*train), split(*test)
+    if cumulative:
+        train = [tuple(map(torch.cat, zip(*train[: i + 1]))) for i in range(len(train))]
+    return in_memory_benchmark(train, test)
 
 
 def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
@@ -278,17 +302,22 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
     :param shape: shape of one image, (channels, height, width).
     :return: a `VAETraining` strategy whose `model` is a new `VAE`.
     """
-    import torch
     from avalanche.evaluation.metrics import loss_metrics
 
-    from GenerativeModel import VAE
+    from GenerativeModel import VAE, LatentMixtures, negative_elbo
     from TrainingInstances import EvaluationOnly, VAETraining
 
-    vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
+    mixtures = None
+    if constants.MIXTURE_COMPONENTS:
+        classes = len(constants.CLASS_ORDER)
+        mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, constants.LATENT_SIZE)
+    vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE, mixtures)
     learning_rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
+    iterations = constants.GENERATOR_ITERATIONS or constants.ITERATIONS
     return VAETraining(
         model=vae,
-        optimizer=torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=True),
+        **training(vae, learning_rate, iterations, constants.ANNEAL),
+        criterion=partial(negative_elbo, kl_weight=constants.KL_WEIGHT),
         train_mb_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
         eval_mb_size=1000,
         replay_size=constants.REPLAY_SIZE,
@@ -299,9 +328,28 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
     )
 
 
+def training(model, learning_rate: float, iterations: int, anneal: bool) -> dict:
+    """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
+
+    :param anneal: whether the learning rate falls to 0 over each experience (SGDR, Loshchilov &
+        Hutter 2017, arXiv 1608.03983, eq. 5, a restart at each).
+    """
+    from avalanche.training.plugins import LRSchedulerPlugin
+    from torch.optim import Adam
+    from torch.optim.lr_scheduler import CosineAnnealingLR
+
+    optimizer, plugins = Adam(model.parameters(), lr=learning_rate, fused=True), []
+    if anneal:
+        schedule = CosineAnnealingLR(optimizer, iterations)
+        plugins = [LRSchedulerPlugin(schedule, step_granularity="iteration")]
+    return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
+
+
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
     """Folder of one run's results. Its name tells apart all constants that change the numbers."""
-    places = ("SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE")
+    places = (
+        "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "STRATEGIES", "ABLATION", "N_JOBS", "FORCE"
+    )  # fmt: skip
     deciding = {name: value for name, value in vars(constants).items() if name not in places}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     return Path(constants.RESULTS_DIR) / f"{dataset}-{strategy}-{digest}-seed{seed}"
@@ -353,7 +401,7 @@ def write(path: Path, content) -> None:
 
 
 def prepare(*scripts: ModuleType) -> tuple:
-    """What a script starts with: constants, images and the stream made of them.
+    """What a script starts with: the constants and the images.
 
     The constants are those used, without "auto" or None for what depends on the machine, and are
     echoed.
@@ -366,43 +414,57 @@ def prepare(*scripts: ModuleType) -> tuple:
     images = load_images(constants.DATASET, constants.DATA_DIR)
     constants.DATASET = images.name
     constants.ITERATIONS = constants.ITERATIONS or images.iterations
-    benchmark = make_benchmark(images, constants)
+    make_benchmark(images, constants)  # ends the program here if it can't be made
     try:
         Path(constants.RESULTS_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"RESULTS_DIR {constants.RESULTS_DIR!r} can't be made ({error.strerror})")
     print("\n".join(f"{name} = {value!r}" for name, value in vars(constants).items()), flush=True)
-    return constants, images, benchmark
+    return constants, images
+
+
+def for_seed(constants: SimpleNamespace, seed: int) -> SimpleNamespace:
+    """Seed torch, and return the constants of this run: with an own order of classes if wanted."""
+    import torch
+
+    torch.manual_seed(seed)
+    order = constants.CLASS_ORDER
+    if constants.SHUFFLE_CLASSES:
+        order = tuple(order[i] for i in torch.randperm(len(order)))
+    return SimpleNamespace(**vars(constants) | {"CLASS_ORDER": order})
 
 
 def main() -> None:
     """Train the generator alone along the stream and show what it remembers."""
-    constants, images, benchmark = prepare(sys.modules[__name__])
+    constants, images = prepare(sys.modules[__name__])
     for seed in constants.SEEDS:
-        train_along_stream(benchmark, images, constants, seed)
+        train_along_stream(images, constants, seed)
     show_windows()
 
 
-def train_along_stream(benchmark, images, constants: SimpleNamespace, seed: int) -> None:
+def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
     """One run: train on each experience, then sample, reconstruct and evaluate."""
     import torch
 
     from figures import draw
 
     started = time.perf_counter()
-    torch.manual_seed(seed)
+    folder = run_folder(constants, images.name, "generator", seed)
+    constants = for_seed(constants, seed)
+    benchmark = make_benchmark(images, constants)
     strategy = make_generator_strategy(images.train[0].shape[1:], constants)
     vae, matrix, pictures = strategy.model, [], []
     # The same test images after each experience, of all classes: also of those yet to come.
     originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
 
     for experience in benchmark.train_stream:
-        strategy.train(experience, iterations=constants.ITERATIONS)
+        strategy.train(experience)
         metrics = strategy.eval(benchmark.test_stream)
         matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
         pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))
         so_far = fmean(matrix[-1][: len(matrix)])
-        report(experience, constants, f"negative ELBO so far {so_far:.1f} nats", started)
+        text = f"loss so far {so_far:.1f} nats"
+        report(f"generator, seed {seed}", experience, constants, text, started)
 
     samples, reconstructions = (torch.stack(kind).cpu().numpy() for kind in zip(*pictures))
     arrays = {
@@ -410,7 +472,6 @@ def train_along_stream(benchmark, images, constants: SimpleNamespace, seed: int)
     }  # fmt: skip
     record = run_record(constants, images, "generator", seed, started)
     record["negative_elbo_matrix"] = matrix
-    folder = run_folder(constants, images.name, "generator", seed)
     write(folder / "generator.json", record)
     write(folder / "samples.npz", arrays)
     write(folder / "generator.png", draw.generator(record, arrays))
@@ -425,14 +486,11 @@ def metric_row(metrics: dict, name: str, experiences: int) -> list[float]:
     ]
 
 
-def report(experience, constants: SimpleNamespace, text: str, started: float) -> None:
+def report(run: str, experience, constants: SimpleNamespace, text: str, started: float) -> None:
     """Print a line after an experience; `started` is the `time.perf_counter()` of the run."""
-    classes = " ".join(map(str, sorted(experience.classes_in_this_experience)))
-    print(
-        f"experience {experience.current_experience + 1}/{constants.N_EXPERIENCES} "
-        f"(classes {classes}): {text}, {time.perf_counter() - started:.0f} s",
-        flush=True,
-    )
+    number = f"{experience.current_experience + 1}/{constants.N_EXPERIENCES}"
+    seconds = time.perf_counter() - started
+    print(f"{run}: experience {number}, {text}, {seconds:.0f} s", flush=True)
 
 
 def show_windows() -> None:

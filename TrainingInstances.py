@@ -54,6 +54,8 @@ class ReplayedData(GenerativeReplayPlugin):
     :param replay_size: replayed samples added to each minibatch; None: as many as it has; 0: none.
     :param increasing_replay_size: double that amount at every further experience.
     :param ratio: importance r of the current data in [0, 1]; None: 1/k at the k-th experience.
+    :param temperature: T of soft targets, by which the old solver's logits are divided before the
+        softmax (Hinton et al. 2015, arXiv 1503.02531, eq. 1); None: hard labels.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class ReplayedData(GenerativeReplayPlugin):
         replay_size: int | None = None,
         increasing_replay_size: bool = False,
         ratio: float | None = None,
+        temperature: float | None = None,
     ):
         super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
-        self.ratio = ratio
+        self.ratio, self.temperature = ratio, temperature
+        self.targets: Tensor | None = None  # soft targets, shape (replayed samples, classes)
         self.experiences_learned = 0
         self.seen_classes: Tensor | None = None  # sorted labels, shape (number of classes,)
         self.current_size = 0  # real samples in the minibatch; those behind them are replayed
@@ -89,7 +93,7 @@ class ReplayedData(GenerativeReplayPlugin):
         if amount == 0:
             return
         with torch.no_grad():
-            x = self.old_generator.generate(amount).to(strategy.device)
+            x = self.paint(amount).to(strategy.device)
             # The generator's labels are for nobody: its loss doesn't read them.
             y = strategy.mb_y.new_zeros(amount) if self.model_is_generator else self.label(x)
         # Only one head and no task identity: replayed samples take the task label of the first.
@@ -98,13 +102,24 @@ class ReplayedData(GenerativeReplayPlugin):
             torch.cat(pair) for pair in zip(strategy.mbatch, [x, y, *constants], strict=True)
         ]
 
+    def paint(self, amount: int) -> Tensor:
+        """Images of the past, shape (amount, C, H, W)."""
+        return self.old_generator.generate(amount)
+
     def label(self, x: Tensor) -> Tensor:
         """Labels that the old solver gives to images, among the classes that it has seen.
+
+        With a temperature, its probabilities are left in `targets`.
 
         :param x: images, shape (batch, C, H, W).
         :return: class labels (int64), shape (batch,).
         """
-        return self.seen_classes[self.old_model(x)[:, self.seen_classes].argmax(1)]
+        logits = self.old_model(x)
+        seen = logits[:, self.seen_classes]
+        if self.temperature is not None:
+            self.targets = torch.zeros_like(logits)
+            self.targets[:, self.seen_classes] = (seen / self.temperature).softmax(1)
+        return self.seen_classes[seen.argmax(1)]
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again, so that training metrics count real ones only."""
@@ -127,6 +142,28 @@ class ReplayedData(GenerativeReplayPlugin):
             classes.update(self.seen_classes.tolist())
         self.seen_classes = torch.tensor(sorted(classes), device=strategy.device)
         self.generator_strategy.train(strategy.experience, **kwargs)
+
+
+class ReplayedLatents(ReplayedData):
+    """Replay for a VAE with mixtures: the new decoder learns the old one's image of each latent.
+
+    A generator that learns its own samples like any other image copies them through its noise, and
+    blurs a little more each time. Here the old latents are kept (the mixtures that they come from
+    don't change any more) and only what is decoded from them is learned again: replay alignment,
+    Wu et al. 2018 (arXiv 1809.02058), eq. 4, with the VAE's own reconstruction loss.
+    """
+
+    latents: Tensor | None = None  # those of the replayed images, shape (amount, latent_size)
+
+    def paint(self, amount: int) -> Tensor:
+        """Images of the past, shape (amount, C, H, W); leaves their latents in `latents`."""
+        self.latents = self.old_generator.draw(amount)
+        return torch.sigmoid(self.old_generator.decode(self.latents))
+
+    def after_update(self, strategy: SupervisedTemplate, **kwargs):
+        """Take the replayed samples out again."""
+        super().after_update(strategy, **kwargs)
+        self.latents = None
 
 
 class TensorLoader:
@@ -210,19 +247,47 @@ class EvaluationOnly(EvaluationPlugin):
         return super().__getattribute__(name)
 
 
+class InputNoise(Module):
+    """Gaussian noise on the input while training: for solvers that see sharp and painted images.
+
+    Training with noise smooths what a network makes of details (Bishop 1995, Neural Computation
+    7(1)), here of the fine ones by which painted images differ from real ones.
+
+    :param sigma: standard deviation, in units of the pixels, which lie in [0, 1].
+    """
+
+    def __init__(self, sigma: float):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input, with noise in training mode and if sigma isn't 0."""
+        if not self.training or self.sigma == 0:
+            return x
+        return x + self.sigma * torch.randn_like(x)
+
+
 class ScholarTemplate(SupervisedTemplate):
     """What the strategies of solver and generator share: the weighted loss and fast data loading.
 
-    `train(experience, iterations=n)` trains on exactly n minibatches per epoch, whatever the size
-    of the dataset (as van de Ven et al. do); without it an epoch is one pass, as in Avalanche.
+    Without replay it is plain fine-tuning.
 
-    :param replay: the plugin that extends the minibatches.
+    :param replay: the plugin that extends the minibatches, or None.
+    :param iterations: minibatches in an epoch, whatever the size of the dataset (as van de Ven et
+        al. do); None: one pass through it, as in Avalanche.
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 
-    def __init__(self, *, replay: ReplayedData, plugins: Sequence | None = None, **base_kwargs):
-        self.replay = replay
-        super().__init__(plugins=[*(plugins or []), replay], **base_kwargs)
+    def __init__(
+        self,
+        *,
+        replay: ReplayedData | None = None,
+        iterations: int | None = None,
+        plugins: Sequence | None = None,
+        **base_kwargs,
+    ):
+        self.replay, self.iterations = replay, iterations
+        super().__init__(plugins=[*(plugins or []), *([replay] if replay else [])], **base_kwargs)
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Output of the model: without task identity, whatever task labels a benchmark brings."""
@@ -234,7 +299,8 @@ class ScholarTemplate(SupervisedTemplate):
         Each L is a mean over samples, so that r alone decides how much the past matters; how many
         samples stand for it only decides how noisy its gradient is.
         """
-        mean_loss, current_size = self.mean_loss(), self.replay.current_size
+        mean_loss = self.mean_loss()
+        current_size = self.replay.current_size if self.replay else len(self.mb_x)
         if self.is_eval or len(self.mb_x) == current_size:
             loss = mean_loss(slice(None))
             self.current_loss = loss.detach()
@@ -248,14 +314,14 @@ class ScholarTemplate(SupervisedTemplate):
         """The mean loss over a part of the minibatch, as a function of the part."""
         return lambda part: self._criterion(self.mb_output[part], self.mb_y[part])
 
-    def make_train_dataloader(self, shuffle: bool = True, iterations: int | None = None, **kwargs):
+    def make_train_dataloader(self, shuffle: bool = True, **kwargs):
         """Feed from memory where the dataset allows it, else through Avalanche's loader."""
         if hasattr(self.adapted_dataset, "tensors"):
             self.dataloader = self._tensor_loader(self.train_mb_size, shuffle)
         else:
             super().make_train_dataloader(shuffle=shuffle, **kwargs)
-        if iterations is not None:
-            self.dataloader = FixedIterations(self.dataloader, iterations)
+        if self.iterations is not None:
+            self.dataloader = FixedIterations(self.dataloader, self.iterations)
 
     def make_eval_dataloader(self, **kwargs):
         """Feed from memory where the dataset allows it, else through Avalanche's loader."""
@@ -272,6 +338,9 @@ class ScholarTemplate(SupervisedTemplate):
 class VAETraining(ScholarTemplate):
     """Trains a VAE along a stream, each experience with replay of its own past.
 
+    If the VAE draws from mixtures, they are fitted to the encodings of each experience's images at
+    its end, and replay is by latents (`ReplayedLatents`).
+
     :param model: a `VAE`, or any `GenerativeModel` whose output `criterion` understands.
     :param optimizer: its optimizer.
     :param criterion: (images, model output) -> loss of each image; the negative ELBO by default.
@@ -279,7 +348,7 @@ class VAETraining(ScholarTemplate):
     :param increasing_replay_size: ..
     :param ratio: ..
     :param evaluator: an `EvaluationPlugin`; by default one without metrics.
-    :param base_kwargs: as for `SupervisedTemplate` (train_mb_size, train_epochs, device, ...).
+    :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
     """
 
     def __init__(
@@ -294,19 +363,37 @@ class VAETraining(ScholarTemplate):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = EvaluationOnly,
         **base_kwargs,
     ):
+        self.mixtures = getattr(model, "mixtures", None)
+        replay = ReplayedData if self.mixtures is None else ReplayedLatents
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            replay=ReplayedData(None, replay_size, increasing_replay_size, ratio),
+            replay=replay(None, replay_size, increasing_replay_size, ratio),
             evaluator=evaluator,
             **base_kwargs,
         )
+
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
+        """Output of the model; replayed latents are decoded as they are."""
+        if getattr(self.replay, "latents", None) is None:
+            return super().forward()
+        return self.model(self.mb_x[: self.replay.current_size], self.replay.latents)
 
     def mean_loss(self) -> Callable[[slice], Tensor]:
         """The mean negative ELBO over a part of the minibatch, in nats; labels play no role."""
         losses = self._criterion(self.mb_x, self.mb_output)
         return lambda part: losses[part].mean()
+
+    def _after_training_exp(self, **kwargs):
+        if self.mixtures is not None:
+            self.make_eval_dataloader(**kwargs)
+            with torch.no_grad():
+                pairs = [
+                    (self.model.encode(x.to(self.device))[0], y) for x, y, *_ in self.dataloader
+                ]
+            self.mixtures.fit(*map(torch.cat, zip(*pairs)))
+        super()._after_training_exp(**kwargs)
 
 
 class GenerativeReplay(ScholarTemplate):
@@ -316,10 +403,11 @@ class GenerativeReplay(ScholarTemplate):
     :param optimizer: the solver's optimizer.
     :param generator_strategy: the strategy that trains the generator, such as `VAETraining`.
     :param criterion: (logits, labels) -> mean loss.
-    :param replay_size: see `ReplayedData`, as the next two.
+    :param replay_size: see `ReplayedData`, as the next three.
     :param increasing_replay_size: ..
     :param ratio: ..
-    :param base_kwargs: as for `SupervisedTemplate` (train_mb_size, train_epochs, device, ...).
+    :param temperature: ..
+    :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
     """
 
     def __init__(
@@ -332,12 +420,30 @@ class GenerativeReplay(ScholarTemplate):
         replay_size: int | None = None,
         increasing_replay_size: bool = False,
         ratio: float | None = None,
+        temperature: float | None = None,
         **base_kwargs,
     ):
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            replay=ReplayedData(generator_strategy, replay_size, increasing_replay_size, ratio),
+            replay=ReplayedData(
+                generator_strategy, replay_size, increasing_replay_size, ratio, temperature
+            ),
             **base_kwargs,
         )
+
+    def mean_loss(self) -> Callable[[slice], Tensor]:
+        """The mean loss over a part of the minibatch; over replayed samples with soft targets.
+
+        With a temperature T that is the cross-entropy of softmax(logits / T) to the old solver's.
+        The customary factor T² is left out: with it the past outweighs the present.
+        """
+        hard, temperature = super().mean_loss(), self.replay.temperature
+
+        def mean_loss(part: slice) -> Tensor:
+            if temperature is None or part.start is None:  # real images
+                return hard(part)
+            return cross_entropy(self.mb_output[part] / temperature, self.replay.targets)
+
+        return mean_loss

@@ -14,7 +14,12 @@ STYLE = {
     "figure.max_open_warning": 0,  # many seeds have many figures
     "font.size": 9,
 }
-BLUE = "#0072b2"  # of Okabe and Ito's palette, which the colour-blind can tell apart
+# Okabe and Ito's palette, which the colour-blind can tell apart; with black, as many as markers.
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"
+)  # fmt: skip
+# Class-incremental Split MNIST, no stored data, fully connected: van de Ven et al. 2018 and 2022.
+PUBLISHED = {"DGR, published": 91.24, "brain-inspired replay, published": 94.41}
 
 
 def title(results: dict, what: str) -> str:
@@ -115,22 +120,64 @@ def accuracy_matrix(results: dict) -> plt.Figure:
     return figure
 
 
+def caption(what: str, dataset: str, seeds: list[int], constants: dict, notice: str) -> str:
+    """Title of a figure of several runs."""
+    held_out = ", validation images" if constants["VALIDATION_SIZE"] else ""
+    count = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    text = f"{what} ({dataset}, {count}{held_out})"
+    return f"{text}\n{notice}" if notice else text
+
+
 @plt.rc_context(STYLE)
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
-    """Accuracy over the experiences seen so far, mean and standard error over the seeds."""
-    matrices = 100 * np.array([run["accuracy_matrix"] for run in runs], dtype=float)
-    curves = np.array([[row[: i + 1].mean() for i, row in enumerate(m)] for m in matrices])
-    middle, x = curves.mean(0), np.arange(1, curves.shape[1] + 1)
+    """Accuracy over the experiences seen so far, a line per name, mean and standard error."""
+    names = list(dict.fromkeys(run["name"] for run in runs))
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.45 * WIDTH))
-    axes.plot(x, middle, "o-", color=BLUE, label=runs[0]["strategy"])
-    if len(runs) > 1:
-        error = curves.std(0, ddof=1) / np.sqrt(len(runs))
-        axes.fill_between(x, middle - error, middle + error, color=BLUE, alpha=0.3, linewidth=0)
+    for name, colour, marker in zip(names, COLOURS, "osD^vP*X"):
+        matrices = [run["accuracy_matrix"] for run in runs if run["name"] == name]
+        curves = np.array(
+            [[100 * np.mean(row[: i + 1]) for i, row in enumerate(m)] for m in matrices]
+        )
+        middle, x = curves.mean(0), np.arange(1, curves.shape[1] + 1)
+        axes.plot(x, middle, marker=marker, color=colour, label=name)
+        if len(curves) > 1:
+            error = curves.std(0, ddof=1) / np.sqrt(len(curves))
+            low, high = middle - error, middle + error
+            axes.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
     classes = np.array([len(group.split()) for group in class_groups(runs[0])]).cumsum()
     axes.plot(x, 100 / classes, ":", color="gray", label="chance among the classes so far")
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
-    seeds = " ".join(str(run["seed"]) for run in runs)
-    axes.set_title(title({**runs[0], "seed": seeds}, "Accuracy on all experiences so far"))
+    axes.legend(fontsize="small")
+    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    what = "Accuracy on all experiences so far"
+    axes.set_title(caption(what, first["dataset"], seeds, first["constants"], first["notice"]))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def ablation(summary: dict) -> plt.Figure:
+    """Final accuracy of each step of the ablation, with its standard error, beside published ones.
+
+    The lower bound is left to the table: drawn here, it would push all others into a corner.
+    """
+    rows = {name: r["final_accuracy"] for name, r in summary["results"].items() if name != "naive"}
+    middle = [100 * row["mean"] for row in rows.values()]
+    error = [100 * (row["standard_error"] or 0) for row in rows.values()]
+    figure, axes = plt.subplots(figsize=(0.85 * WIDTH, 0.1 * WIDTH + 0.3 * len(rows)))
+    y = np.arange(len(rows))
+    axes.errorbar(middle, y, xerr=error, fmt="o", color=COLOURS[0], capsize=3)
+    for position, value in zip(y, middle):
+        axes.annotate(f"{value:.1f}", (value, position), (0, 5), textcoords="offset points",
+                      ha="center", fontsize="small")  # fmt: skip
+    axes.set_yticks(y, rows)
+    axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
+    if summary["dataset"] == "mnist" and summary["constants"]["N_EXPERIENCES"] == 5:
+        for (text, value), style in zip(PUBLISHED.items(), (":", "--")):
+            axes.axvline(value, color="gray", linestyle=style, label=f"{text}: {value}")
+        axes.legend(fontsize="small", loc="lower left")
+    axes.grid(axis="x", alpha=0.3)
+    what = "What each ingredient brings"
+    constants, seeds = summary["constants"], summary["seeds"]
+    axes.set_title(caption(what, summary["dataset"], seeds, constants, summary["notice"]))
     return figure

@@ -31,12 +31,14 @@ SHAPE, BATCH = (1, 28, 28), 128
 
 
 def constants_for(iterations: int, classes: int = 10) -> SimpleNamespace:
-    """The scripts' own constants, but plain replay: no input dropout."""
+    """The scripts' own constants, but plain replay, as in van de Ven et al."""
     names = {**vars(Generator), **vars(GenerativeReplay)}
     constants = {name: names[name] for name in {**Generator.RULES, **GenerativeReplay.RULES}}
     changes = {
+        **{name: off for step in GenerativeReplay.INGREDIENTS.values() for name, off in step.items()},
         "ITERATIONS": iterations,
-        "INPUT_DROPOUT": 0,
+        "BATCH_SIZE": BATCH,
+        "LEARNING_RATE": 0.001,
         "CLASS_ORDER": tuple(range(classes)),
         "DEVICE": Generator.choose_device("auto"),
     }
@@ -60,7 +62,7 @@ def ours(experiences, constants):
     benchmark = in_memory_benchmark(experiences, experiences)
     scholar = GenerativeReplay.make_scholar(SHAPE, constants)
     for experience in benchmark.train_stream:
-        scholar.train(experience, iterations=constants.ITERATIONS)
+        scholar.train(experience)
         scholar.eval(benchmark.test_stream)
     return scholar
 
@@ -152,15 +154,15 @@ def faster_than_stock(repeats: int) -> list[float]:
             return torch.sigmoid(self.decode(torch.randn(batch_size, self.latent_size)))
 
     folder = os.environ.get("DATA_DIR", "data")
-    constants = constants_for(0)
-    images = Generator.load_mnist(folder)
+    constants = constants_for(1)
+    images = Generator.load_torchvision("mnist", folder)
     stream = Generator.make_benchmark(images, constants).train_stream
+    constants.ITERATIONS = -(-len(stream[1].dataset) // BATCH)
     scholar = GenerativeReplay.make_scholar(SHAPE, constants)
-    scholar.train(stream[0], iterations=10)
-    iterations = -(-len(stream[1].dataset) // BATCH)
+    scholar.train(stream[0])
 
     solver = copy.deepcopy(scholar.model)
-    vae = StockVAE(SHAPE)
+    vae = StockVAE(SHAPE, latent_size=constants.LATENT_SIZE)
     common = {"train_mb_size": BATCH, "evaluator": EvaluationPlugin}
     strategy = stock.GenerativeReplay(
         model=solver,
@@ -179,7 +181,7 @@ def faster_than_stock(repeats: int) -> list[float]:
     strategy.train(stock_stream[0])
     return [
         seconds(strategy.train, stock_stream[1])
-        / seconds(lambda: scholar.train(stream[1], iterations=iterations))
+        / seconds(scholar.train, stream[1])
         for _ in range(repeats)
     ]
 
@@ -193,7 +195,7 @@ def growth(repeats: int, iterations: int) -> tuple[list[float], float]:
         scholar, times = GenerativeReplay.make_scholar(SHAPE, constants), []
         for experience in benchmark.train_stream:
             start = time.perf_counter()
-            scholar.train(experience, iterations=iterations)
+            scholar.train(experience)
             times.append(time.perf_counter() - start)
             scholar.eval(benchmark.test_stream[: len(times)])
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from GenerativeModel import VAE, GenerativeModel, negative_elbo
+from GenerativeModel import VAE, GenerativeModel, LatentMixtures, negative_elbo
 
 SHAPE = (3, 5, 7)
 
@@ -27,6 +27,96 @@ def test_loss_is_the_negative_elbo_of_torch_distributions():
     # The KL alone, where the reconstruction is perfect.
     certain = 1e4 * (2 * x - 1)
     torch.testing.assert_close(negative_elbo(x, (certain, z_mean, z_log_var)), kl)
+
+
+def test_kl_weight():
+    torch.manual_seed(0)
+    x, output = torch.rand(6, *SHAPE), (torch.randn(6, *SHAPE), torch.randn(6, 4), torch.zeros(6, 4))
+    kl = 0.5 * output[1].square().sum(1)
+    difference = negative_elbo(x, output) - negative_elbo(x, output, kl_weight=0.25)
+    torch.testing.assert_close(difference, 0.75 * kl)
+
+
+def test_given_latents_are_decoded_as_they_are_and_cost_no_divergence(vae):
+    x, z = torch.rand(5, *SHAPE), torch.randn(3, 4)
+    logits, z_mean, z_log_var = vae(x, z)
+    torch.testing.assert_close(logits[5:], vae.decode(z))
+    assert logits.shape[0] == z_mean.shape[0] == z_log_var.shape[0] == 8
+    torch.testing.assert_close(z_mean[:5], vae.encode(x)[0])
+    targets = torch.rand(8, *SHAPE)
+    bernoulli = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = bernoulli(logits[5:], targets[5:], reduction="none").sum((1, 2, 3))
+    torch.testing.assert_close(negative_elbo(targets, (logits, z_mean, z_log_var))[5:], expected)
+
+
+def two_classes(count=4000):
+    """Encodings in three dimensions: class 1 has two clusters, class 3 one, all correlated."""
+    torch.manual_seed(0)
+    z, y = torch.randn(count, 3), torch.arange(count) % 2 * 2 + 1
+    z = z @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 0.4], [0.0, 0.0, 0.2]])
+    z[y == 1] += torch.where(torch.rand(count // 2, 1) < 0.3, -4.0, 2.0)
+    z[y == 3] += torch.tensor([0.0, 3.0, -1.0])
+    return z, y
+
+
+def test_mixtures_reproduce_mean_covariance_and_clusters():
+    z, y = two_classes()
+    mixtures = LatentMixtures(classes=5, components=2, latent_size=3)
+    mixtures.fit(z, y)
+    for label in (1, 3):
+        own, drawn = z[y == label], mixtures.sample(20000, torch.full((20000,), label))
+        torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.06, rtol=0)
+        torch.testing.assert_close(drawn.T.cov(), own.T.cov(), atol=0.15, rtol=0.05)
+    left = (mixtures.sample(20000, torch.ones(20000, dtype=torch.long))[:, 0] < -1).float().mean()
+    expected = (z[y == 1, 0] < -1).float().mean().item()
+    assert left.item() == pytest.approx(expected, abs=0.02)
+
+
+def test_mixtures_draw_fitted_classes_equally_often():
+    mixtures = LatentMixtures(classes=5, components=2, latent_size=1)
+    y = torch.tensor([1] * 900 + [3] * 100)
+    mixtures.fit(20.0 * y[:, None] + torch.randn(1000, 1), y)
+    drawn = mixtures.sample(10000)
+    ones = (drawn - 20).abs() < 10
+    threes = (drawn - 60).abs() < 10
+    assert (ones | threes).all() and ones.float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_mixtures_are_the_prior_until_they_are_fitted():
+    torch.manual_seed(0)
+    drawn = LatentMixtures(classes=5, components=3, latent_size=4).sample(20000)
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(4), atol=0.04, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), torch.eye(4), atol=0.05, rtol=0)
+
+
+def test_no_component_is_about_single_images():
+    mixtures = LatentMixtures(classes=2, components=10, latent_size=2)
+    mixtures.fit(torch.randn(340, 2), torch.tensor([0] * 40 + [1] * 300))
+    assert (mixtures.weights > 0).sum(1).tolist() == [1, 3]
+
+
+def test_a_class_that_comes_back_keeps_half_of_what_it_was():
+    mixtures = LatentMixtures(classes=2, components=2, latent_size=2)
+    y = torch.zeros(1000, dtype=torch.long)
+    mixtures.fit(torch.randn(1000, 2) - 10, y)
+    mixtures.fit(torch.randn(1000, 2) + 10, y)
+    assert (mixtures.sample(10000)[:, 0] < 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_vae_draws_from_its_mixtures_and_its_state_holds_them():
+    z, y = two_classes()
+    vaes = [VAE(SHAPE, 16, 3, LatentMixtures(5, 2, 3)) for _ in range(2)]
+    vaes[0].mixtures.fit(z, y)
+    vaes[1].load_state_dict(vaes[0].state_dict())
+    condition = torch.full((7,), 3)
+    images = []
+    for vae in vaes:
+        torch.manual_seed(1)
+        images.append(vae.generate(7, condition))
+    torch.testing.assert_close(*images)
+    torch.manual_seed(1)
+    drawn = vaes[0].mixtures.sample(7, condition)
+    torch.testing.assert_close(images[0], torch.sigmoid(vaes[0].decode(drawn)))
 
 
 def test_loss_of_a_sample_does_not_depend_on_its_batch():
@@ -90,7 +180,7 @@ def test_generate_is_the_mean_of_the_decoder_at_draws_from_the_prior(vae):
 
 
 def test_generate_refuses_a_condition(vae):
-    with pytest.raises(ValueError, match="not conditional"):
+    with pytest.raises(ValueError, match="without mixtures"):
         vae.generate(2, condition=torch.zeros(2))
 
 

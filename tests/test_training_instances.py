@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from GenerativeModel import VAE, negative_elbo
+from GenerativeModel import VAE, LatentMixtures, negative_elbo
 from TrainingInstances import (
     FixedIterations,
     GenerativeReplay,
+    InputNoise,
+    ScholarTemplate,
     TensorLoader,
     VAETraining,
     in_memory_benchmark,
@@ -78,11 +80,12 @@ class Spy(SupervisedPlugin):
         return numbers
 
 
-def scholar(seed=0, evaluator=None, **replay):
+def scholar(seed=0, evaluator=None, temperature=None, components=0, **replay):
     torch.manual_seed(seed)
     spies = Spy(), Spy()
     solver = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES))
-    vae = VAE(SHAPE, hidden_units=16, latent_size=4)
+    mixtures = LatentMixtures(CLASSES, components, latent_size=4) if components else None
+    vae = VAE(SHAPE, hidden_units=16, latent_size=4, mixtures=mixtures)
     generator_strategy = VAETraining(
         model=vae,
         optimizer=torch.optim.Adam(vae.parameters()),
@@ -98,6 +101,7 @@ def scholar(seed=0, evaluator=None, **replay):
         eval_mb_size=SAMPLES,
         plugins=[spies[0]],
         evaluator=evaluator or EvaluationPlugin(),
+        temperature=temperature,
         **replay,
     )
     return strategy, *spies
@@ -307,9 +311,9 @@ def test_strategies_are_keyword_only(strategy):
 
 
 def test_epochs_and_iterations(stream):
-    for keywords, count in (({}, 3), ({"iterations": 7}, 7), ({"iterations": 2}, 2)):
-        strategy, spy, generator_spy = scholar()
-        strategy.train(stream[0], **keywords)
+    for iterations, count in ((None, 3), (7, 7), (2, 2)):
+        strategy, spy, generator_spy = scholar(iterations=iterations)
+        strategy.train(stream[0])
         assert len(spy.seen) == len(generator_spy.seen) == count
     strategy, spy, _ = scholar()
     strategy.train_epochs = 2
@@ -326,8 +330,8 @@ def test_a_stream_without_task_labels_through_avalanches_own_loader():
 
     datasets = [dataset(classes) for classes in EXPERIENCES]
     benchmark = benchmark_from_datasets(train=datasets, test=datasets)
-    strategy, spy, generator_spy = scholar()
-    strategy.train(benchmark.train_stream, iterations=4)
+    strategy, spy, generator_spy = scholar(iterations=4)
+    strategy.train(benchmark.train_stream)
     assert spy.amounts() == [[0] * 4, [8, 8, 4, 8], [8, 8, 4, 8], [8, 8, 4, 8]]
     assert all(len(note["minibatch"]) == 2 for note in spy.seen + generator_spy.seen)
     strategy.eval(benchmark.test_stream)
@@ -358,3 +362,96 @@ def test_fixed_iterations_go_over_new_passes():
     loader = FixedIterations(TensorLoader([torch.arange(20)], 8, shuffle=False), 7)
     assert len(loader) == 7
     assert [len(batch[0]) for batch in loader] == [8, 8, 4, 8, 8, 4, 8]
+
+
+def test_soft_targets_by_hand(stream):
+    strategy, spy, _ = scholar(temperature=2.0)
+    strategy.train(stream[:2])
+    spy.seen.clear()
+    spy.old_solver = copy.deepcopy(strategy.model).eval()
+    strategy.train(stream[2])
+    for note in spy.seen:
+        n, seen = note["current"], [0, 1, 3, 6]
+        targets = torch.zeros(len(note["minibatch"][0]) - n, CLASSES)
+        targets[:, seen] = (note["old_logits"][n:, seen] / 2).exp()
+        targets /= targets.sum(1, keepdim=True)
+        logits = note["output"][0]
+        soft = -(targets * (logits[n:] / 2).log_softmax(1)).sum(1).mean()
+        hard = cross_entropy(logits[:n], note["minibatch"][1][:n])
+        assert note["loss"] == pytest.approx((hard / 3 + 2 * soft / 3).item(), rel=1e-5)
+        # What the metrics see of a replayed sample is still a label: the most likely class.
+        assert torch.equal(note["minibatch"][1][n:], targets.argmax(1))
+
+
+def test_latent_replay_aligns_the_new_decoder_with_the_old(stream):
+    strategy, _, spy = scholar(components=2)
+    strategy.train(stream[0])
+    spy.seen.clear()
+    vae = strategy.replay.generator
+    old_vae, latents = copy.deepcopy(vae), []
+    sample = vae.mixtures.sample
+
+    class Latents(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            latents.append(strategy.replay.latents)
+
+    strategy.replay.generator_strategy.plugins.append(Latents())
+    strategy.train(stream[1])
+    assert len(spy.seen) == len(latents) == 3
+    for note, z in zip(spy.seen, latents):
+        n, images = note["current"], note["minibatch"][0]
+        torch.testing.assert_close(images[n:], torch.sigmoid(old_vae.decode(z)))
+        pixels = nn.functional.binary_cross_entropy_with_logits
+        replayed = pixels(note["output"][0][n:], images[n:], reduction="none").sum((1, 2, 3))
+        current = negative_elbo(images[:n], [part[:n] for part in note["output"]])
+        assert note["loss"] == pytest.approx((current.mean() + replayed.mean()).item() / 2, 1e-5)
+    assert sample(1).shape == (1, 4)
+
+
+def test_a_mixture_is_fitted_to_its_own_experience_and_then_kept(stream):
+    strategy, _, _ = scholar(components=2)
+    strategy.train(stream[0])
+    mixtures = strategy.replay.generator.mixtures
+    assert mixtures.fitted.nonzero().flatten().tolist() == [1, 6]
+    x, y = images_of(EXPERIENCES[0])
+    codes = strategy.replay.generator.encode(x[y == 6])[0]
+    torch.testing.assert_close(mixtures.means[6, 0], codes.mean(0), atol=1e-5, rtol=1e-4)
+    before = mixtures.means[[1, 6]].clone()
+    strategy.train(stream[1])
+    assert mixtures.fitted.nonzero().flatten().tolist() == [0, 1, 3, 6]
+    assert torch.equal(mixtures.means[[1, 6]], before)
+
+
+def test_input_noise():
+    torch.manual_seed(0)
+    noise, x = InputNoise(0.3), torch.rand(100, 784)
+    difference = noise(x) - x
+    assert difference.std().item() == pytest.approx(0.3, rel=0.02)
+    assert difference.mean().item() == pytest.approx(0, abs=0.01)
+    assert torch.equal(noise.eval()(x), x)
+    assert torch.equal(InputNoise(0.0)(x), x)
+
+
+def test_without_replay_it_is_fine_tuning(stream):
+    def weights(train):
+        torch.manual_seed(0)
+        solver = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+        optimizer = torch.optim.SGD(solver.parameters(), lr=0.1)
+        train(solver, optimizer)
+        return solver[1].weight.detach()
+
+    def ours(model, optimizer):
+        strategy = ScholarTemplate(
+            model=model, optimizer=optimizer, criterion=cross_entropy, train_mb_size=SAMPLES
+        )
+        strategy.train(stream)
+        strategy.eval(stream)
+
+    def by_hand(model, optimizer):
+        for classes in EXPERIENCES:
+            x, y = images_of(classes)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    torch.testing.assert_close(weights(ours), weights(by_hand))
