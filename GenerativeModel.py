@@ -42,7 +42,7 @@ class GenerativeModel(nn.Module, ABC):
 class LatentMixtures(nn.Module):
     """A mixture of Gaussians with full covariances over the latents of each class.
 
-    A VAE's encodings don't fill the prior N(0, I): drawn from it, many latents lie where the decoder
+    A VAE's encodings don't fill the prior N(0, I): many latents drawn from it lie where the decoder
     has learned nothing, and some classes come far too rarely. A density that is fitted to the
     encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
     1903.12436, section 4). It is per class, so that all classes are replayed equally often.

@@ -38,6 +38,7 @@ INGREDIENTS = {
     "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
     "KL weight": {"KL_WEIGHT": 1},
 }
+PLAIN = {name: off for step in INGREDIENTS.values() for name, off in step.items()}
 
 RULES = {
     "STRATEGIES": (
@@ -75,7 +76,7 @@ def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace
     """What is to be run for each seed: its name in tables, its strategy, its constants."""
     if not constants.ABLATION:
         return [(strategy, strategy, constants) for strategy in constants.STRATEGIES]
-    steps, plain = [], {name: off for step in INGREDIENTS.values() for name, off in step.items()}
+    steps, plain = [], PLAIN
     for name in ("plain replay", *INGREDIENTS):
         plain = {k: v for k, v in plain.items() if k not in INGREDIENTS.get(name, ())}
         step = SimpleNamespace(**vars(constants) | plain)

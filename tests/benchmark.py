@@ -35,7 +35,7 @@ def constants_for(iterations: int, classes: int = 10) -> SimpleNamespace:
     names = {**vars(Generator), **vars(GenerativeReplay)}
     constants = {name: names[name] for name in {**Generator.RULES, **GenerativeReplay.RULES}}
     changes = {
-        **{name: off for step in GenerativeReplay.INGREDIENTS.values() for name, off in step.items()},
+        **GenerativeReplay.PLAIN,
         "ITERATIONS": iterations,
         "BATCH_SIZE": BATCH,
         "LEARNING_RATE": 0.001,

@@ -123,7 +123,8 @@ def test_a_stock_benchmark_with_transforms_runs():
         5, dataset_root=Path(os.path.abspath(mnist_folder())), train_transform=RandomRotation(5)
     ).train_stream
     scholar = GenerativeReplay.make_scholar(benchmark.SHAPE, CONSTANTS)
-    scholar.train(stream[:2], iterations=3)
+    scholar.iterations = scholar.replay.generator_strategy.iterations = 3
+    scholar.train(stream[:2])
     assert scholar.replay.experiences_learned == 2
     seen = {*stream[0].classes_in_this_experience, *stream[1].classes_in_this_experience}
     assert set(scholar.replay.seen_classes.tolist()) == seen

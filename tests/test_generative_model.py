@@ -31,7 +31,8 @@ def test_loss_is_the_negative_elbo_of_torch_distributions():
 
 def test_kl_weight():
     torch.manual_seed(0)
-    x, output = torch.rand(6, *SHAPE), (torch.randn(6, *SHAPE), torch.randn(6, 4), torch.zeros(6, 4))
+    x = torch.rand(6, *SHAPE)
+    output = torch.randn(6, *SHAPE), torch.randn(6, 4), torch.zeros(6, 4)
     kl = 0.5 * output[1].square().sum(1)
     difference = negative_elbo(x, output) - negative_elbo(x, output, kl_weight=0.25)
     torch.testing.assert_close(difference, 0.75 * kl)

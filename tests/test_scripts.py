@@ -2,9 +2,11 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +34,13 @@ def mnist_folder():
     return folder if folder.is_absolute() else ROOT / folder
 
 
+def all_constants(**changes):
+    """The constants of both scripts, as they stand there, with changes."""
+    names = {**vars(Generator), **vars(GenerativeReplay)}
+    rules = {**Generator.RULES, **GenerativeReplay.RULES}
+    return SimpleNamespace(**{name: names[name] for name in rules} | changes)
+
+
 needs_mnist = pytest.mark.skipif(
     not (mnist_folder() / "MNIST" / "raw" / "train-images-idx3-ubyte").exists(),
     reason=f"MNIST is not in {mnist_folder()}; set DATA_DIR to where it is",
@@ -45,7 +54,8 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for name in Generator.RULES:
         assert "--" + name.lower().replace("_", "-") in text
-    for line in (ROOT / "Generator.py").read_text().splitlines():
+    sources = ["Generator.py"] if script == "Generator.py" else ["Generator.py", script]
+    for line in "\n".join((ROOT / source).read_text() for source in sources).splitlines():
         if line[:1].isupper() and "  # " in line:
             assert line.split("  # ")[1] in text
     assert ("--input-dropout" in text) == (script == "GenerativeReplay.py")
@@ -71,6 +81,15 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
         (["--seeds", str(2**64)], "SEEDS is"),
         (["--device", "gpu"], "DEVICE is 'gpu'"),
         (["--input-dropout", "1"], "INPUT_DROPOUT is 1"),
+        (["--input-noise", "-0.1"], "INPUT_NOISE is -0.1"),
+        (["--temperature", "0"], "TEMPERATURE is 0"),
+        (["--kl-weight", "0"], "KL_WEIGHT is 0"),
+        (["--mixture-components", "none"], "MIXTURE_COMPONENTS is None"),
+        (["--generator-iterations", "0"], "GENERATOR_ITERATIONS is 0"),
+        (["--strategies", "replay", "both"], "STRATEGIES is ('replay', 'both')"),
+        (["--strategies", "joint", "joint"], "STRATEGIES is ('joint', 'joint')"),
+        (["--n-jobs", "0"], "N_JOBS is 0"),
+        (["--ablation", "yes"], "ABLATION is 'yes'"),
         (["--batchsize", "3"], "unrecognized arguments: --batchsize 3"),
         (["--batch", "3"], "unrecognized arguments: --batch 3"),
     ],
@@ -96,32 +115,52 @@ def test_constants_from_the_command_line(monkeypatch):
 
 
 def test_the_experiment_and_its_results(tmp_path):
-    done = run("GenerativeReplay.py", *QUICK, "--seeds", 1, 0, cwd=tmp_path)
+    arguments = *QUICK, "--seeds", 1, 0, "--strategies", "replay", "naive", "joint", "--n-jobs", 2
+    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "BATCH_SIZE = 128\n" in done.stdout and "DATASET = 'digits'\n" in done.stdout
-    assert done.stdout.count("accuracy matrix") == 2 and done.stdout.count("accuracy so far") == 10
+    assert "BATCH_SIZE = 64\n" in done.stdout and "DATASET = 'digits'\n" in done.stdout
+    assert done.stdout.count("accuracy matrix") == 6 and done.stdout.count("accuracy so far") == 30
     files = sorted((tmp_path / "results").glob("*/results.json"))
-    first, second = (json.loads(file.read_text()) for file in files)
-    assert (first["seed"], second["seed"]) == (0, 1)
-    assert first["accuracy_matrix"] != second["accuracy_matrix"]
-    for result in first, second:
+    results = {}
+    for file in files:
+        result = json.loads(file.read_text())
+        results[result["strategy"], result["seed"]] = result
         matrix = np.array(result["accuracy_matrix"])
         assert matrix.shape == (5, 5) and matrix.min() >= 0 and matrix.max() <= 1
         assert result["final_accuracy"] == pytest.approx(matrix[-1].mean())
         drops = [matrix[j:4, j].max() - matrix[4, j] for j in range(4)]
         assert result["forgetting"] == pytest.approx(np.mean(drops))
-        assert result["dataset"] == "digits" and result["strategy"] == "replay"
+        assert result["dataset"] == "digits"
         assert result["constants"]["ITERATIONS"] == 20 and result["seconds"] > 0
+        assert result["constants"]["DEVICE"] != "auto"
         assert set(result["versions"]) == {"python", "torch", "avalanche"}
-    assert first["constants"]["DEVICE"] != "auto"
+    first, second = results["replay", 0], results["replay", 1]
+    assert len(results) == 6 and first["accuracy_matrix"] != second["accuracy_matrix"]
+    # Fine-tuning forgets, and whoever keeps everything doesn't.
+    for seed in (0, 1):
+        assert results["naive", seed]["accuracy_matrix"][-1][0] == 0
+        assert results["joint", seed]["accuracy_matrix"][-1][0] > 0.5
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    values = [first["final_accuracy"], second["final_accuracy"]]
-    assert summary["final_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert list(summary["results"]) == ["replay", "naive", "joint"]
+    values = [second["final_accuracy"], first["final_accuracy"]]
+    accuracy = summary["results"]["replay"]["final_accuracy"]
+    assert accuracy["values"] == values and accuracy["mean"] == pytest.approx(np.mean(values))
     error = np.std(values, ddof=1) / np.sqrt(2)
-    assert summary["final_accuracy"]["standard_error"] == pytest.approx(error)
+    assert accuracy["standard_error"] == pytest.approx(error)
     pictures = {path.name for path in (tmp_path / "results").rglob("*.png")}
     assert pictures == {"accuracy.png", "accuracy_matrix.png", "samples.png"}
     assert list(tmp_path.rglob("*.unfinished")) == []
+
+    # What is finished is not run again, unless that is asked for.
+    times = {file: file.stat().st_mtime_ns for file in files}
+    skipped = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
+    assert skipped.stdout.count("finished already") == 6
+    assert {file: file.stat().st_mtime_ns for file in files} == times
+    assert skipped.stdout.split("forgetting")[1] == done.stdout.split("forgetting")[1]
+    naive = *QUICK, "--seeds", 1, "--strategies", "naive", "--force"
+    assert "finished already" not in run("GenerativeReplay.py", *naive, cwd=tmp_path).stdout
+    again = [file for file in files if file.stat().st_mtime_ns != times[file]]
+    assert [file.parent.name.split("-")[1::2] for file in again] == [["naive", "seed1"]]
 
     # A seed gives the same numbers alone as after another one; a file is no results folder.
     (tmp_path / "file").touch()
@@ -157,14 +196,77 @@ def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
-    def final_accuracy(replay_size):
-        arguments = "--dataset", "digits", "--iterations", 250, "--replay-size", replay_size
-        folder = tmp_path / replay_size
-        done = run("GenerativeReplay.py", *arguments, "--results-dir", folder, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return json.loads((folder / "summary.json").read_text())["final_accuracy"]["mean"]
+    arguments = "--dataset", "digits", "--strategies", "replay", "naive", "--n-jobs", 2
+    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
+    final = {name: result["final_accuracy"]["mean"] for name, result in results.items()}
+    assert final["replay"] > final["naive"] + 0.5
 
-    assert final_accuracy("none") > final_accuracy("0") + 0.3
+
+def test_the_ablation_adds_one_ingredient_after_the_other():
+    constants = all_constants(STRATEGIES=("naive",), ABLATION=True)
+    steps = GenerativeReplay.variants(constants)
+    names = list(GenerativeReplay.INGREDIENTS)
+    expected = ["plain replay", *(f"+ {name}" for name in names), "naive", "joint"]
+    assert [step[0] for step in steps] == expected
+    plain = vars(steps[0][2])
+    assert plain["TEMPERATURE"] is None and plain["INPUT_NOISE"] == plain["INPUT_DROPOUT"] == 0
+    assert plain["KL_WEIGHT"] == 1 and plain["MIXTURE_COMPONENTS"] == 0 and not plain["ANNEAL"]
+    for (_, _, before), (name, strategy, after) in zip(steps, steps[1:-2]):
+        changed = {key for key in vars(after) if vars(after)[key] != vars(before)[key]}
+        assert changed == set(GenerativeReplay.INGREDIENTS[name[2:]]) and strategy == "replay"
+    assert all(vars(step[2]) == vars(constants) for step in steps[-3:])
+    constants.ABLATION = False
+    assert GenerativeReplay.variants(constants) == [("naive", "naive", constants)]
+
+
+def test_an_ablation_leaves_its_figure_and_its_rows(tmp_path):
+    arguments = "--dataset", "digits", "--iterations", 2, "--ablation", "--n-jobs", 2
+    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
+    assert len(rows) == len(GenerativeReplay.INGREDIENTS) + 3
+    assert (tmp_path / "results" / "ablation.png").stat().st_size > 10_000
+
+
+def test_what_a_scholar_carries_over_is_small():
+    constants = all_constants(DEVICE="cpu", ITERATIONS=1)
+    scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
+    images = Generator.load_digits()
+
+    def carried():
+        models = scholar.model, scholar.replay.generator
+        tensors = [tensor for model in models for tensor in model.state_dict().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    before = carried()
+    assert before < 8e6
+    for experience in Generator.make_benchmark(images, constants).train_stream[:2]:
+        scholar.train(experience)
+    assert carried() == before  # whatever it has learned
+
+
+def test_another_order_of_classes_for_each_seed():
+    constants = all_constants(SHUFFLE_CLASSES=True)
+    orders = [Generator.for_seed(constants, seed).CLASS_ORDER for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(10))
+    assert Generator.for_seed(all_constants(), 1).CLASS_ORDER == tuple(range(10))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("fashion", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_the_datasets_like_mnist(name, folder, tmp_path):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 40), ("t10k", 20)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">iiii", 2051, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, count) + labels)
+    images_read = Generator.load_images(name, str(tmp_path))
+    torch.testing.assert_close(images_read.test[0][:, 0] * 255, torch.tensor(images).float())
+    assert images_read.name == name and images_read.train[1].tolist() == list(range(10)) * 4
 
 
 def test_validation_images_are_never_trained_on():
@@ -189,20 +291,41 @@ def test_a_validation_set_that_leaves_nothing_to_learn(tmp_path):
 
 
 def test_the_generator_learns_like_the_solver_unless_told_otherwise():
-    constants = Generator.SimpleNamespace(
-        **{name: vars(Generator)[name] for name in Generator.RULES}, INPUT_DROPOUT=0.0
-    )
-    constants.DEVICE = "cpu"
+    constants = all_constants(DEVICE="cpu", ITERATIONS=300)
 
     def settings():
         scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
         both = scholar, scholar.replay.generator_strategy
-        return [(type(s.optimizer), s.optimizer.defaults["lr"], s.train_mb_size) for s in both]
+        return [(s.optimizer.defaults["lr"], s.train_mb_size, s.iterations) for s in both]
 
     constants.LEARNING_RATE, constants.BATCH_SIZE = 0.01, 32
-    assert settings() == [(torch.optim.Adam, 0.01, 32)] * 2
+    assert settings() == [(0.01, 32, 300)] * 2
     constants.GENERATOR_LEARNING_RATE, constants.GENERATOR_BATCH_SIZE = 0.02, 64
-    assert settings() == [(torch.optim.Adam, 0.01, 32), (torch.optim.Adam, 0.02, 64)]
+    constants.GENERATOR_ITERATIONS = 500
+    assert settings() == [(0.01, 32, 300), (0.02, 64, 500)]
+
+
+def test_the_learning_rate_falls_along_a_cosine_and_starts_anew():
+    from avalanche.core import SupervisedPlugin
+
+    class Rates(SupervisedPlugin):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def before_update(self, strategy, **kwargs):
+            self.seen.append(strategy.optimizer.param_groups[0]["lr"])
+
+    constants = all_constants(DEVICE="cpu", ITERATIONS=10, GENERATOR_ITERATIONS=4)
+    scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
+    rates = Rates(), Rates()
+    scholar.plugins.append(rates[0])
+    scholar.replay.generator_strategy.plugins.append(rates[1])
+    for experience in Generator.make_benchmark(Generator.load_digits(), constants).train_stream[:2]:
+        scholar.train(experience)
+    for spy, count in zip(rates, (10, 4)):
+        cosine = (1 + np.cos(np.pi * np.arange(count) / count)) / 2
+        assert spy.seen == pytest.approx([*constants.LEARNING_RATE * cosine] * 2)
 
 
 def test_the_stream_brings_the_classes_in_order():
@@ -233,7 +356,7 @@ def test_forgetting():
 
 @needs_mnist
 def test_mnist():
-    images = Generator.load_mnist(str(mnist_folder()))
+    images = Generator.load_images("mnist", str(mnist_folder()))
     (x, y), (test_x, _) = images.train, images.test
     assert x.shape == (60000, 1, 28, 28) and test_x.shape == (10000, 1, 28, 28)
     assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
