@@ -21,8 +21,9 @@ import Generator
 # Constants of the experiment. All others, from DATASET to RESULTS_DIR, stand at the top of
 # Generator.py and are options here too: `python GenerativeReplay.py --seeds 0 1 2`.
 STRATEGIES = ("replay",)  # replay; naive: no replay, only fine-tuning; joint: all data so far
-INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
-INPUT_NOISE = 0.2  # standard deviation of noise on the solver's pixels while it trains
+INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
+INPUT_NOISE = 0.1  # standard deviation of noise on the solver's pixels while it trains
+INPUT_DROPOUT = 0.1  # share of pixels hidden from the solver while it trains
 TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
 N_JOBS = 1  # runs at the same time, each in a process of its own
@@ -32,7 +33,7 @@ FORCE = False  # run anew what is finished already
 # The ingredients, in the order in which the ablation adds them to plain replay, and how each is
 # turned off.
 INGREDIENTS = {
-    "robust input": {"INPUT_DROPOUT": 0, "INPUT_NOISE": 0},
+    "robust input": {"INPUT_SHIFT": 0, "INPUT_NOISE": 0, "INPUT_DROPOUT": 0},
     "annealing": {"ANNEAL": False},
     "soft targets": {"TEMPERATURE": None},
     "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
@@ -47,6 +48,7 @@ RULES = {
         and set(v) <= {"replay", "naive", "joint"},
         "one or more of replay, naive, joint",
     ),
+    "INPUT_SHIFT": (Generator.whole(0), "an integer, 0 or more"),
     "INPUT_DROPOUT": (
         lambda v: Generator.number(v) and 0 <= v < 1,
         "a number from 0 to below 1",
@@ -137,16 +139,21 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay
     from avalanche.evaluation.metrics import accuracy_metrics
     from torch import nn
     from torch.nn.functional import cross_entropy
+    from torchvision.transforms import v2
 
-    from TrainingInstances import EvaluationOnly, GenerativeReplay, InputNoise, ScholarTemplate
+    from TrainingInstances import EvaluationOnly, GenerativeReplay, ScholarTemplate, WhileTraining
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
+        # The past comes as the generator paints it, a little blurred and a little too typical.
+        # Without these the solver learns that blurred means old, and takes sharp test images for
+        # the newest classes. Noise smooths what a network makes of details (Bishop 1995).
+        WhileTraining(
+            v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT),
+            v2.GaussianNoise(sigma=constants.INPUT_NOISE, clip=False),
+            nn.Dropout(constants.INPUT_DROPOUT),
+        ),
         nn.Flatten(),
-        # The past comes as the generator paints it, a little blurred. Without these two the solver
-        # learns that blurred means old, and takes sharp test images for the newest classes.
-        InputNoise(constants.INPUT_NOISE),
-        nn.Dropout(constants.INPUT_DROPOUT),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),
         nn.Linear(units, len(constants.CLASS_ORDER)),

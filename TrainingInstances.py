@@ -12,7 +12,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -247,24 +247,12 @@ class EvaluationOnly(EvaluationPlugin):
         return super().__getattribute__(name)
 
 
-class InputNoise(Module):
-    """Gaussian noise on the input while training: for solvers that see sharp and painted images.
-
-    Training with noise smooths what a network makes of details (Bishop 1995, Neural Computation
-    7(1)), here of the fine ones by which painted images differ from real ones.
-
-    :param sigma: standard deviation, in units of the pixels, which lie in [0, 1].
-    """
-
-    def __init__(self, sigma: float):
-        super().__init__()
-        self.sigma = sigma
+class WhileTraining(Sequential):
+    """Modules that act on the input in training mode only, such as random transforms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input, with noise in training mode and if sigma isn't 0."""
-        if not self.training or self.sigma == 0:
-            return x
-        return x + self.sigma * torch.randn_like(x)
+        """The input through the modules; in evaluation mode as it is."""
+        return super().forward(x) if self.training else x
 
 
 class ScholarTemplate(SupervisedTemplate):

@@ -18,10 +18,10 @@ from GenerativeModel import VAE, LatentMixtures, negative_elbo
 from TrainingInstances import (
     FixedIterations,
     GenerativeReplay,
-    InputNoise,
     ScholarTemplate,
     TensorLoader,
     VAETraining,
+    WhileTraining,
     in_memory_benchmark,
     in_memory_dataset,
 )
@@ -422,14 +422,10 @@ def test_a_mixture_is_fitted_to_its_own_experience_and_then_kept(stream):
     assert torch.equal(mixtures.means[[1, 6]], before)
 
 
-def test_input_noise():
-    torch.manual_seed(0)
-    noise, x = InputNoise(0.3), torch.rand(100, 784)
-    difference = noise(x) - x
-    assert difference.std().item() == pytest.approx(0.3, rel=0.02)
-    assert difference.mean().item() == pytest.approx(0, abs=0.01)
-    assert torch.equal(noise.eval()(x), x)
-    assert torch.equal(InputNoise(0.0)(x), x)
+def test_what_acts_while_training_is_off_in_evaluation():
+    both, x = WhileTraining(nn.Dropout(0.5), nn.Threshold(9, 7)), torch.rand(10, 4)
+    assert torch.equal(both(x), torch.full_like(x, 7))
+    assert torch.equal(both.eval()(x), x)
 
 
 def test_without_replay_it_is_fine_tuning(stream):
