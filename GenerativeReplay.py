@@ -43,9 +43,11 @@ PLAIN = {name: off for step in INGREDIENTS.values() for name, off in step.items(
 
 RULES = {
     "STRATEGIES": (
-        lambda v: type(v) in (tuple, list)
-        and len(v) == len(set(v)) > 0
-        and set(v) <= {"replay", "naive", "joint"},
+        lambda v: (
+            type(v) in (tuple, list)
+            and len(v) == len(set(v)) > 0
+            and set(v) <= {"replay", "naive", "joint"}
+        ),
         "one or more of replay, naive, joint",
     ),
     "INPUT_SHIFT": (Generator.whole(0), "an integer, 0 or more"),

@@ -180,8 +180,7 @@ def faster_than_stock(repeats: int) -> list[float]:
     stock_stream = SplitMNIST(5, dataset_root=folder, fixed_class_order=order).train_stream
     strategy.train(stock_stream[0])
     return [
-        seconds(strategy.train, stock_stream[1])
-        / seconds(scholar.train, stream[1])
+        seconds(strategy.train, stock_stream[1]) / seconds(scholar.train, stream[1])
         for _ in range(repeats)
     ]
 
