@@ -81,7 +81,6 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
         (["--seeds", str(2**64)], "SEEDS is"),
         (["--device", "gpu"], "DEVICE is 'gpu'"),
         (["--input-dropout", "1"], "INPUT_DROPOUT is 1"),
-        (["--input-noise", "-0.1"], "INPUT_NOISE is -0.1"),
         (["--input-shift", "0.5"], "INPUT_SHIFT is 0.5"),
         (["--temperature", "0"], "TEMPERATURE is 0"),
         (["--kl-weight", "0"], "KL_WEIGHT is 0"),
@@ -212,8 +211,7 @@ def test_the_ablation_adds_one_ingredient_after_the_other():
     expected = ["plain replay", *(f"+ {name}" for name in names), "naive", "joint"]
     assert [step[0] for step in steps] == expected
     plain = vars(steps[0][2])
-    assert plain["TEMPERATURE"] is None and plain["INPUT_NOISE"] == plain["INPUT_DROPOUT"] == 0
-    assert plain["INPUT_SHIFT"] == 0
+    assert plain["TEMPERATURE"] is None and plain["INPUT_SHIFT"] == plain["INPUT_DROPOUT"] == 0
     assert plain["KL_WEIGHT"] == 1 and plain["MIXTURE_COMPONENTS"] == 0 and not plain["ANNEAL"]
     for (_, _, before), (name, strategy, after) in zip(steps, steps[1:-2]):
         changed = {key for key in vars(after) if vars(after)[key] != vars(before)[key]}
@@ -252,23 +250,20 @@ def test_what_a_scholar_carries_over_is_small():
 def robust_input(**changes):
     """The part of the solver that changes its input."""
     plain = {"DEVICE": "cpu", "ITERATIONS": 1, **GenerativeReplay.PLAIN}
-    return GenerativeReplay.make_scholar((1, 28, 28), all_constants(**plain | changes)).model[0]
+    return GenerativeReplay.make_scholar((1, 28, 28), all_constants(**plain | changes)).model[:2]
 
 
 def test_robust_input():
     torch.manual_seed(0)
     x = torch.rand(100, 1, 28, 28)
     assert torch.equal(robust_input()(x), x)
-    difference = robust_input(INPUT_NOISE=0.3)(x) - x
-    assert difference.std().item() == pytest.approx(0.3, rel=0.02)
-    assert difference.mean().item() == pytest.approx(0, abs=0.01)
     hidden = (robust_input(INPUT_DROPOUT=0.3)(x) == 0).float().mean()
     assert hidden.item() == pytest.approx(0.3, abs=0.01)
     shift, inner = robust_input(INPUT_SHIFT=1), (..., slice(2, -2), slice(2, -2))
     moved = [x.roll((i, j), (2, 3))[inner] for i in (-1, 0, 1) for j in (-1, 0, 1)]
     shifted = [shift(x)[inner] for _ in range(100)]
     assert {[torch.equal(y, m) for m in moved].index(True) for y in shifted} == set(range(9))
-    everything = robust_input(INPUT_SHIFT=1, INPUT_NOISE=0.3, INPUT_DROPOUT=0.3).eval()
+    everything = robust_input(INPUT_SHIFT=1, INPUT_DROPOUT=0.3).eval()
     assert torch.equal(everything(x), x)
 
 
