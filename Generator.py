@@ -34,8 +34,8 @@ N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
 SHUFFLE_CLASSES = False  # another order of the classes for each seed instead
 SEEDS = (0,)  # one run each
-ITERATIONS = None  # minibatches per experience; none: 3000, or 300 for digits
-BATCH_SIZE = 128  # real images in a minibatch
+ITERATIONS = None  # minibatches per experience; none: 2000, or 300 for digits
+BATCH_SIZE = 64  # real images in a minibatch
 LEARNING_RATE = 0.002  # of Adam
 ANNEAL = True  # let it fall to 0 over each experience, along a cosine (Loshchilov & Hutter 2017)
 GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: as the solver
@@ -239,7 +239,7 @@ def load_torchvision(name: str, data_dir: str) -> SimpleNamespace:
             socket.setdefaulttimeout(timeout)
         sets = [dataset(data_dir, train=train) for train in (True, False)]
     train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
-    return SimpleNamespace(name=name, train=train, test=test, iterations=3000, notice="")
+    return SimpleNamespace(name=name, train=train, test=test, iterations=2000, notice="")
 
 
 def load_digits() -> SimpleNamespace:
