@@ -32,7 +32,8 @@ FORCE = False  # run anew what is finished already
 # The ingredients, in the order in which the ablation adds them to plain replay, and how each is
 # turned off.
 INGREDIENTS = {
-    "robust input": {"INPUT_SHIFT": 0, "INPUT_DROPOUT": 0},
+    "input dropout": {"INPUT_DROPOUT": 0},
+    "input shift": {"INPUT_SHIFT": 0},
     "annealing": {"ANNEAL": False},
     "soft targets": {"TEMPERATURE": None},
     "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
@@ -44,8 +45,8 @@ RULES = {
     "STRATEGIES": (
         lambda v: (
             type(v) in (tuple, list)
+            and all(word in ("replay", "naive", "joint") for word in v)
             and len(v) == len(set(v)) > 0
-            and set(v) <= {"replay", "naive", "joint"}
         ),
         "one or more of replay, naive, joint",
     ),
@@ -147,7 +148,7 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay
     solver = nn.Sequential(
         # The past comes as the generator paints it, a little blurred and a little too typical.
         # Without the next two the solver learns that blurred means old, and takes sharp test
-        # images for the newest classes; with them it relies less on any single pixel.
+        # images for the newest classes. A shift is that of a whole minibatch, real and painted.
         WhileTraining(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),

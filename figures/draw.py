@@ -16,7 +16,7 @@ STYLE = {
 }
 # Okabe and Ito's palette, which the colour-blind can tell apart; with black, as many as markers.
 COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"
 )  # fmt: skip
 # Class-incremental Split MNIST, no stored data, fully connected: van de Ven et al. 2018 and 2022.
 PUBLISHED = {"DGR, published": 91.24, "brain-inspired replay, published": 94.41}
@@ -132,7 +132,7 @@ def caption(what: str, dataset: str, seeds: list[int], constants: dict, notice: 
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     """Accuracy over the experiences seen so far, a line per name, mean and standard error."""
     names = list(dict.fromkeys(run["name"] for run in runs))
-    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.45 * WIDTH))
+    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
     for name, colour, marker in zip(names, COLOURS, "osD^vP*X"):
         matrices = [run["accuracy_matrix"] for run in runs if run["name"] == name]
         curves = np.array(
@@ -145,10 +145,10 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
             low, high = middle - error, middle + error
             axes.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
     classes = np.array([len(group.split()) for group in class_groups(runs[0])]).cumsum()
-    axes.plot(x, 100 / classes, ":", color="gray", label="chance among the classes so far")
+    axes.plot(x, 100 / classes, ":", color="gray", label="chance")
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     what = "Accuracy on all experiences so far"
     axes.set_title(caption(what, first["dataset"], seeds, first["constants"], first["notice"]))

@@ -87,6 +87,7 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
         (["--mixture-components", "none"], "MIXTURE_COMPONENTS is None"),
         (["--generator-iterations", "0"], "GENERATOR_ITERATIONS is 0"),
         (["--strategies", "replay", "both"], "STRATEGIES is ('replay', 'both')"),
+        (["--strategies", "[0]"], "STRATEGIES is ([0],)"),
         (["--strategies", "joint", "joint"], "STRATEGIES is ('joint', 'joint')"),
         (["--n-jobs", "0"], "N_JOBS is 0"),
         (["--ablation", "yes"], "ABLATION is 'yes'"),
