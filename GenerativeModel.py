@@ -66,7 +66,7 @@ class LatentMixtures(nn.Module):
 
         A class that comes back gets a mixture of what it was and what it is now, half and half. A
         small class gets fewer components, one for each hundred encodings, so that none of them is
-        about single images.
+        about single images; a class of one image gets none, and is not drawn.
 
         :param z: encodings, shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
@@ -78,6 +78,8 @@ class LatentMixtures(nn.Module):
             if self.fitted[label]:
                 own = torch.cat([own, self.sample(len(own), y[y == label])])
             own = own.double().cpu().numpy()
+            if len(own) < 2:
+                continue
             count = min(self.weights.shape[1], max(1, len(own) // 100))
             seed = int(torch.randint(2**31, ()))
             mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)

@@ -106,7 +106,8 @@ def run(name: str, strategy: str, constants: SimpleNamespace, seed: int, images)
     matrix, memories = [], []
 
     for experience in benchmark.train_stream:
-        scholar.train(experience)
+        # An annealed Adam has to forget its moments, of tiny gradients, or its first steps are huge.
+        scholar.train(experience, reset_optimizer_state=constants.ANNEAL)
         metrics = scholar.eval(benchmark.test_stream)
         matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp", constants.N_EXPERIENCES))
         if strategy == "replay":

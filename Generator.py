@@ -458,7 +458,7 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
     originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
 
     for experience in benchmark.train_stream:
-        strategy.train(experience)
+        strategy.train(experience, reset_optimizer_state=constants.ANNEAL)
         metrics = strategy.eval(benchmark.test_stream)
         matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
         pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))

@@ -94,6 +94,9 @@ def test_no_component_is_about_single_images():
     mixtures = LatentMixtures(classes=2, components=10, latent_size=2)
     mixtures.fit(torch.randn(340, 2), torch.tensor([0] * 40 + [1] * 300))
     assert (mixtures.weights > 0).sum(1).tolist() == [1, 3]
+    mixtures = LatentMixtures(classes=2, components=10, latent_size=2)
+    mixtures.fit(torch.full((101, 2), 50.0), torch.tensor([0] * 1 + [1] * 100))
+    assert mixtures.fitted.tolist() == [False, True] and (mixtures.sample(100) > 40).all()
 
 
 def test_a_class_that_comes_back_keeps_half_of_what_it_was():
