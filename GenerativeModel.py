@@ -20,8 +20,9 @@ class GenerativeModel(nn.Module, ABC):
     """What any generator has to offer so that a scholar can replay with it.
 
     - `generate` paints images of the distribution that was learned so far. It is the only method
-      that replay calls, on a frozen copy: it must not track gradients, not depend on the training
-      mode nor change it, and return float images in [0, 1] on the generator's own device.
+      that replay calls (of a VAE with mixtures also `draw` and `decode`), on a frozen copy: it
+      must not track gradients, not depend on the training mode nor change it, and return float
+      images in [0, 1] on the generator's own device.
     - `forward` returns whatever the generator's loss needs, batch dimension first: one tensor or
       a tuple of tensors. Loss and generator meet in a strategy (`VAETraining`, in
       TrainingInstances.py); a model that is trained otherwise brings a strategy of its own.
@@ -64,9 +65,9 @@ class LatentMixtures(nn.Module):
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Fit the mixtures of the classes in y by expectation maximisation; the others stay.
 
-        A class that comes back gets a mixture of what it was and what it is now, half and half. A
-        small class gets fewer components, one for each hundred encodings, so that none of them is
-        about single images; a class of one image gets none, and is not drawn.
+        A class that comes back gets a mixture of what it was and what it is now, with at least half
+        of it for what it was. A small class gets fewer components, so that there are a hundred
+        encodings for each on average; a class of one image gets none, and is not drawn.
 
         :param z: encodings, shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
@@ -76,8 +77,10 @@ class LatentMixtures(nn.Module):
         for label in y.unique().tolist():
             own = z[y == label]
             if self.fitted[label]:
-                own = torch.cat([own, self.sample(len(own), y[y == label])])
-            own = own.double().cpu().numpy()
+                count = max(len(own), 100 * self.weights.shape[1])
+                old = self.sample(count, torch.full((count,), label, device=z.device))
+                own = torch.cat([own, old])
+            own = own.cpu().double().numpy()
             if len(own) < 2:
                 continue
             count = min(self.weights.shape[1], max(1, len(own) // 100))

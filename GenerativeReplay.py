@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import time
-from os import cpu_count
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ FORCE = False  # run anew what is finished already
 INGREDIENTS = {
     "input dropout": {"INPUT_DROPOUT": 0},
     "input shift": {"INPUT_SHIFT": 0},
-    "annealing": {"ANNEAL": False},
+    "annealing": {"ANNEAL": False, "LEARNING_RATE": 0.001},
     "soft targets": {"TEMPERATURE": None},
     "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
     "KL weight": {"KL_WEIGHT": 1},
@@ -67,7 +66,7 @@ def main() -> None:
     from joblib import Parallel, delayed
 
     constants, images = Generator.prepare(Generator, sys.modules[__name__])
-    runs = Parallel(constants.N_JOBS)(
+    runs = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
         delayed(run)(*variant, seed, images)
         for variant in variants(constants)
         for seed in constants.SEEDS
@@ -97,17 +96,15 @@ def run(name: str, strategy: str, constants: SimpleNamespace, seed: int, images)
     folder = Generator.run_folder(constants, images.name, strategy, seed)
     if (folder / "results.json").exists() and not constants.FORCE:
         print(f"{name}, seed {seed}: finished already, in {folder}", flush=True)
-        return json.loads((folder / "results.json").read_text()) | {"name": name}
-    if constants.N_JOBS > 1:
-        torch.set_num_threads(max(1, cpu_count() // constants.N_JOBS))
+        finished = json.loads((folder / "results.json").read_text())
+        return finished | {"name": name, "notice": images.notice}
     constants = Generator.for_seed(constants, seed)
     benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
     scholar = make_scholar(images.train[0].shape[1:], constants, replay=strategy == "replay")
     matrix, memories = [], []
 
     for experience in benchmark.train_stream:
-        # An annealed Adam has to forget its moments, of tiny gradients, or its first steps are huge.
-        scholar.train(experience, reset_optimizer_state=constants.ANNEAL)
+        scholar.train(experience)
         metrics = scholar.eval(benchmark.test_stream)
         matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp", constants.N_EXPERIENCES))
         if strategy == "replay":

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from statistics import fmean
 from types import ModuleType, SimpleNamespace
 from typing import NoReturn
 
@@ -331,27 +330,33 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
 def training(model, learning_rate: float, iterations: int, anneal: bool) -> dict:
     """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
 
-    :param anneal: whether the learning rate falls to 0 over each experience (SGDR, Loshchilov &
-        Hutter 2017, arXiv 1608.03983, eq. 5, a restart at each).
+    :param anneal: whether the learning rate falls to 0 over each experience.
     """
-    from avalanche.training.plugins import LRSchedulerPlugin
     from torch.optim import Adam
-    from torch.optim.lr_scheduler import CosineAnnealingLR
 
-    optimizer, plugins = Adam(model.parameters(), lr=learning_rate, fused=True), []
-    if anneal:
-        schedule = CosineAnnealingLR(optimizer, iterations)
-        plugins = [LRSchedulerPlugin(schedule, step_granularity="iteration")]
+    from TrainingInstances import Annealing
+
+    optimizer = Adam(model.parameters(), lr=learning_rate, fused=True)
+    plugins = [Annealing(optimizer, iterations)] if anneal else []
     return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
 
 
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
-    """Folder of one run's results. Its name tells apart all constants that change the numbers."""
+    """Folder of one run's results. Its name tells apart whatever changes the numbers.
+
+    That is the constants and the code of the four scripts (but for comments, and the values of the
+    constants there). Device, threads and versions are left out: they change the last digits.
+    """
     places = (
         "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "STRATEGIES", "ABLATION", "N_JOBS", "FORCE"
     )  # fmt: skip
     deciding = {name: value for name, value in vars(constants).items() if name not in places}
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+    code = []
+    for script in ("GenerativeModel", "TrainingInstances", "Generator", "GenerativeReplay"):
+        tree = ast.parse(Path(__file__).with_name(f"{script}.py").read_text(encoding="utf-8"))
+        code += [ast.dump(node) for node in tree.body if not isinstance(node, ast.Assign)]
+    text = json.dumps([deciding, code], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(constants.RESULTS_DIR) / f"{dataset}-{strategy}-{digest}-seed{seed}"
 
 
@@ -458,12 +463,11 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
     originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
 
     for experience in benchmark.train_stream:
-        strategy.train(experience, reset_optimizer_state=constants.ANNEAL)
+        strategy.train(experience)
         metrics = strategy.eval(benchmark.test_stream)
         matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
         pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))
-        so_far = fmean(matrix[-1][: len(matrix)])
-        text = f"loss so far {so_far:.1f} nats"
+        text = f"loss on its images {matrix[-1][len(matrix) - 1]:.1f} nats"
         report(f"generator, seed {seed}", experience, constants, text, started)
 
     samples, reconstructions = (torch.stack(kind).cpu().numpy() for kind in zip(*pictures))
@@ -471,7 +475,7 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
         "samples": samples, "originals": originals.numpy(), "reconstructions": reconstructions
     }  # fmt: skip
     record = run_record(constants, images, "generator", seed, started)
-    record["negative_elbo_matrix"] = matrix
+    record["loss_matrix"] = matrix
     write(folder / "generator.json", record)
     write(folder / "samples.npz", arrays)
     write(folder / "generator.png", draw.generator(record, arrays))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
@@ -29,7 +30,11 @@ from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabe
 from avalanche.benchmarks.utils.classification_dataset import (  # noqa: E402
     TaskAwareSupervisedClassificationDataset,
 )
-from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin  # noqa: E402
+from avalanche.training.plugins import (  # noqa: E402
+    EvaluationPlugin,
+    GenerativeReplayPlugin,
+    LRSchedulerPlugin,
+)
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
 from avalanche.training.utils import cycle  # noqa: E402
 
@@ -149,8 +154,9 @@ class ReplayedLatents(ReplayedData):
 
     A generator that learns its own samples like any other image copies them through its noise, and
     blurs a little more each time. Here the old latents are kept (the mixtures that they come from
-    don't change any more) and only what is decoded from them is learned again: replay alignment,
-    Wu et al. 2018 (arXiv 1809.02058), eq. 4, with the VAE's own reconstruction loss.
+    change only for a class that comes back) and only what is decoded from them is learned again:
+    replay alignment, Wu et al. 2018 (arXiv 1809.02058), with the VAE's own reconstruction loss. The
+    encoder follows the current experience; for replay it isn't needed any more.
     """
 
     latents: Tensor | None = None  # those of the replayed images, shape (amount, latent_size)
@@ -164,6 +170,26 @@ class ReplayedLatents(ReplayedData):
         """Take the replayed samples out again."""
         super().after_update(strategy, **kwargs)
         self.latents = None
+
+
+class Annealing(LRSchedulerPlugin):
+    """The learning rate falls to 0 over each experience, along a cosine, and then starts anew.
+
+    SGDR (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). The optimizer starts anew as well: the
+    moments of an annealed Adam are of tiny gradients, and its first steps would be huge.
+
+    :param optimizer: the strategy's optimizer.
+    :param iterations: minibatches in an experience.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, iterations: int):
+        schedule = CosineAnnealingLR(optimizer, iterations)
+        super().__init__(schedule, step_granularity="iteration")
+
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Forget the optimizer's moments."""
+        super().before_training_exp(strategy, **kwargs)
+        strategy.optimizer.state.clear()
 
 
 class TensorLoader:
@@ -284,8 +310,8 @@ class ScholarTemplate(SupervisedTemplate):
     def criterion(self) -> Tensor:
         """Present and past, weighted (Shin et al. 2017, eq. 1): r·L(current) + (1 - r)·L(replay).
 
-        Each L is a mean over samples, so that r alone decides how much the past matters; how many
-        samples stand for it only decides how noisy its gradient is.
+        Each L is a mean over samples, so that r decides how much the past matters; how many samples
+        stand for it only decides how noisy its gradient is.
         """
         mean_loss = self.mean_loss()
         current_size = self.replay.current_size if self.replay else len(self.mb_x)
@@ -329,7 +355,8 @@ class VAETraining(ScholarTemplate):
     If the VAE draws from mixtures, they are fitted to the encodings of each experience's images at
     its end, and replay is by latents (`ReplayedLatents`).
 
-    :param model: a `VAE`, or any `GenerativeModel` whose output `criterion` understands.
+    :param model: a `VAE`, or any `GenerativeModel` without mixtures whose output `criterion`
+        understands.
     :param optimizer: its optimizer.
     :param criterion: (images, model output) -> loss of each image; the negative ELBO by default.
     :param replay_size: see `ReplayedData`, as the next two.
@@ -390,7 +417,7 @@ class GenerativeReplay(ScholarTemplate):
     :param model: the solver.
     :param optimizer: the solver's optimizer.
     :param generator_strategy: the strategy that trains the generator, such as `VAETraining`.
-    :param criterion: (logits, labels) -> mean loss.
+    :param criterion: (logits, labels) -> mean loss; with a temperature of the real images only.
     :param replay_size: see `ReplayedData`, as the next three.
     :param increasing_replay_size: ..
     :param ratio: ..
@@ -424,8 +451,9 @@ class GenerativeReplay(ScholarTemplate):
     def mean_loss(self) -> Callable[[slice], Tensor]:
         """The mean loss over a part of the minibatch; over replayed samples with soft targets.
 
-        With a temperature T that is the cross-entropy of softmax(logits / T) to the old solver's.
-        The customary factor T² is left out: with it the past outweighs the present.
+        With a temperature T that is the cross-entropy of softmax(logits / T) to the old solver's,
+        without the customary factor T² (Hinton et al. 2015, section 2). That takes weight from the
+        past, which was better in trials: the old solver's probabilities teach more than labels do.
         """
         hard, temperature = super().mean_loss(), self.replay.temperature
 

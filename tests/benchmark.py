@@ -38,7 +38,6 @@ def constants_for(iterations: int, classes: int = 10) -> SimpleNamespace:
         **GenerativeReplay.PLAIN,
         "ITERATIONS": iterations,
         "BATCH_SIZE": BATCH,
-        "LEARNING_RATE": 0.001,
         "CLASS_ORDER": tuple(range(classes)),
         "DEVICE": Generator.choose_device("auto"),
     }
