@@ -237,7 +237,7 @@ def summarize(runs: list[dict], constants: SimpleNamespace) -> None:
         if len(own) > 1:
             accuracy, lost, seconds = results.values()
             values = (f"{r['mean']:.2%} ± {r['standard_error']:.2%}" for r in (accuracy, lost))
-            print(f"{name + ', mean ± standard error':34}", end="")
+            print(f"{name + ', mean ± std. error':34}", end="")
             print(*(f"{value:>14}" for value in values), f"{seconds['mean']:8.0f}")
     folder = Path(constants.RESULTS_DIR)
     Generator.write(folder / "summary.json", summary)
