@@ -6,12 +6,13 @@ One head, no task identity, and past data is never seen again: only generated.
 Run: `python GenerativeReplay.py`, or with `--help`.  This is the last of the four.
 """
 
-import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
 
 import Generator
@@ -19,13 +20,16 @@ import Generator
 # ------------------------------------------------------------------------------------------------
 # Constants of the experiment. All others, from DATASET to RESULTS_DIR, stand at the top of
 # Generator.py and are options here too: `python GenerativeReplay.py --seeds 0 1 2`.
-STRATEGIES = ("replay",)  # replay; naive: no replay, only fine-tuning; joint: all data so far
+STRATEGIES = ("replay",)  # replay; naive: only fine-tuning; joint: all data so far; buffer: below
 INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
 INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
 TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
-N_JOBS = 1  # runs at the same time, each in a process of its own
-FORCE = False  # run anew what is finished already
+N_JOBS = 1  # runs at the same time, each in a process of its own with its share of the cores
+BACKEND = "loky"  # loky: processes on this machine; dask: the workers of SCHEDULER
+SCHEDULER = "tcp://127.0.0.1:8786"  # address of a Dask scheduler
+TENSORBOARD = False  # log curves, samples and confusions for TensorBoard, in the run's folder
+SUMMARIZE = None  # folder of results to draw table and figures from, without running anything
 # ------------------------------------------------------------------------------------------------
 
 # The ingredients, in the order in which the ablation adds them to plain replay, and how each is
@@ -44,10 +48,10 @@ RULES = {
     "STRATEGIES": (
         lambda v: (
             type(v) in (tuple, list)
-            and all(word in ("replay", "naive", "joint") for word in v)
+            and all(word in ("replay", "naive", "joint", "buffer") for word in v)
             and len(v) == len(set(v)) > 0
         ),
-        "one or more of replay, naive, joint",
+        "one or more of replay, naive, joint, buffer",
     ),
     "INPUT_SHIFT": (Generator.whole(0), "an integer, 0 or more"),
     "INPUT_DROPOUT": (
@@ -57,21 +61,31 @@ RULES = {
     "TEMPERATURE": (lambda v: v is None or Generator.positive(v), "a positive number, or none"),
     "ABLATION": (lambda v: type(v) is bool, "true or false"),
     "N_JOBS": (Generator.whole(1), "a positive integer"),
-    "FORCE": (lambda v: type(v) is bool, "true or false"),
+    "BACKEND": (lambda v: v in ("loky", "dask"), "loky or dask"),
+    "SCHEDULER": (lambda v: isinstance(v, str) and "://" in v, "an address like tcp://host:8786"),
+    "TENSORBOARD": (lambda v: type(v) is bool, "true or false"),
+    "SUMMARIZE": (lambda v: v is None or isinstance(v, str), "a folder of results, or none"),
 }
 
 
 def main() -> None:
     """Run the experiment for each strategy and seed, then summarize."""
-    from joblib import Parallel, delayed
+    constants = Generator.read_constants(Generator, sys.modules[__name__])
+    if constants.LOAD is not None:
+        return Generator.look(Path(constants.LOAD), constants)
+    if constants.SUMMARIZE is not None:
+        files = sorted(Path(constants.SUMMARIZE).rglob("results.json"))
+        return summarize([(None, file.parent) for file in files], Path(constants.SUMMARIZE))
+    notice = Generator.prepare(constants).notice
+    from joblib import delayed
 
-    constants, images = Generator.prepare(Generator, sys.modules[__name__])
-    runs = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
-        delayed(run)(*variant, seed, images)
-        for variant in variants(constants)
-        for seed in constants.SEEDS
-    )
-    summarize(runs, constants)
+    with processes(constants) as parallel:
+        finished = parallel(
+            delayed(run)(*variant, seed, notice)
+            for variant in variants(constants)
+            for seed in constants.SEEDS
+        )
+    summarize(finished, Path(constants.RESULTS_DIR), notice)
 
 
 def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace]]:
@@ -86,61 +100,95 @@ def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace
     return [*steps, ("naive", "naive", constants), ("joint", "joint", constants)]
 
 
-def run(name: str, strategy: str, constants: SimpleNamespace, seed: int, images) -> dict:
-    """Train a new scholar along the stream; return and write what came out (results.json)."""
+def run(
+    name: str, strategy: str, constants: SimpleNamespace, seed: int, notice: str
+) -> tuple[str, Path]:
+    """One run, unless it is finished already; return its name and the folder with its results.
+
+    :param name: what tables call it.
+    :param strategy: one of `STRATEGIES`.
+    :param notice: what has to be said of the images, see `Generator.load_images`.
+    """
+    folder = Generator.run_folder(constants, constants.DATASET, strategy, seed)
+    title = f"{name}, seed {seed}"
+    with Generator.only_process(folder, title):
+        if (folder / "results.json").exists() and not constants.FORCE:
+            Generator.report(constants, f"{title}: finished already, in {folder}")
+        else:
+            constants = Generator.for_seed(constants, seed)
+            record = Generator.run_record(constants, name, strategy, seed, notice)
+            learn(record, constants, folder, title)
+    return name, folder
+
+
+def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) -> None:
+    """Train a scholar along the stream, and write what came out into the run's folder.
+
+    If the run was interrupted, it goes on after the last experience that was finished.
+
+    :param record: what results.json is to say, but for the results.
+    """
     import torch
 
-    from figures import draw
+    from figures import tables
 
-    started = time.perf_counter()
-    folder = Generator.run_folder(constants, images.name, strategy, seed)
-    if (folder / "results.json").exists() and not constants.FORCE:
-        print(f"{name}, seed {seed}: finished already, in {folder}", flush=True)
-        finished = json.loads((folder / "results.json").read_text())
-        return finished | {"name": name, "notice": images.notice}
-    constants = Generator.for_seed(constants, seed)
+    strategy = record["strategy"]
+    images = Generator.load_images(constants.DATASET, constants.DATA_DIR)
     benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
-    scholar = make_scholar(images.train[0].shape[1:], constants, replay=strategy == "replay")
-    matrix, memories = [], []
+    scholar = make_scholar(images.train[0].shape[1:], constants, strategy, folder)
+    memories = []
+    if state := Generator.restore(folder, constants, scholar):
+        record, memories = state["record"], state["memories"]
+        learned = len(record["accuracy_matrix"])
+        Generator.report(constants, f"{title}: goes on after experience {learned}")
+    matrix = record.setdefault("accuracy_matrix", [])
+    started = time.perf_counter() - record["seconds"]
 
-    for experience in benchmark.train_stream:
+    for experience in benchmark.train_stream[len(matrix) :]:
         scholar.train(experience)
         metrics = scholar.eval(benchmark.test_stream)
         matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp", constants.N_EXPERIENCES))
+        confusions = metrics["ConfusionMatrix_Stream/eval_phase/test_stream"]
+        record["confusion_matrix"] = confusions.int().tolist()
+        record["seconds"] = round(time.perf_counter() - started, 1)
         if strategy == "replay":
             memories.append(remember(scholar, constants.CLASS_ORDER))
+        log_pictures(scholar, record, memories)
+        Generator.save_state(folder, constants, scholar, record=record, memories=memories)
         so_far = mean(matrix[-1][: len(matrix)])
-        text = f"accuracy so far {so_far:.2%}"
-        Generator.report(f"{name}, seed {seed}", experience, constants, text, started)
+        text = f"{title}: experience {len(matrix)}/{constants.N_EXPERIENCES}, "
+        text += f"accuracy so far {so_far:.2%}, {record['seconds']:.0f} s"
+        Generator.report(constants, text)
 
-    print_matrix(matrix)
-    record = Generator.run_record(constants, images, strategy, seed, started)
-    record["accuracy_matrix"] = matrix
-    record["final_accuracy"] = mean(matrix[-1])
-    record["forgetting"] = forgetting(matrix)
+    record |= {"final_accuracy": mean(matrix[-1]), "forgetting": forgetting(matrix)}
+    Generator.report(constants, matrix_in_words(matrix))
     if memories:
-        arrays = {"samples": torch.stack(memories).cpu().numpy()}
-        Generator.write(folder / "samples.npz", arrays)
-        Generator.write(folder / "samples.png", draw.memories(record, arrays))
-    Generator.write(folder / "accuracy_matrix.png", draw.accuracy_matrix(record))
+        Generator.write(folder / "samples.npz", {"samples": torch.stack(memories).numpy()})
+    Generator.write(folder / "losses.npz", losses(scholar))
+    Generator.write(folder / "metrics.csv", tables.tidy([record]))
     Generator.write(folder / "results.json", record)  # last: it says that the run is finished
-    return record | {"name": name}
 
 
-def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay: bool = True):
+def make_scholar(
+    shape: tuple[int, int, int],
+    constants: SimpleNamespace,
+    strategy: str = "replay",
+    folder: Path | None = None,
+):
     """The scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param shape: shape of one image, (channels, height, width).
-    :param replay: whether there is a generator at all; else it is plain fine-tuning.
+    :param strategy: one of `STRATEGIES`; without replay there is no generator.
+    :param folder: where logs for TensorBoard go.
     :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
         solver, its logits are one per class.
     """
-    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics
     from torch import nn
     from torch.nn.functional import cross_entropy
     from torchvision.transforms import v2
 
-    from TrainingInstances import EvaluationOnly, GenerativeReplay, ScholarTemplate, WhileTraining
+    from TrainingInstances import GenerativeReplay, ScholarTemplate, StoredImages, WhileTraining
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
@@ -154,20 +202,34 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay
         nn.Linear(units, units), nn.ReLU(),
         nn.Linear(units, len(constants.CLASS_ORDER)),
     )  # fmt: skip
+    logs = folder / "tensorboard" if constants.TENSORBOARD else None
     common = {
         "model": solver,
         **Generator.training(
-            solver, constants.LEARNING_RATE, constants.ITERATIONS, constants.ANNEAL
+            "solver", solver, constants.LEARNING_RATE, constants.ITERATIONS, constants.ANNEAL
         ),
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "evaluator": EvaluationOnly(accuracy_metrics(experience=True)),
+        "evaluator": Generator.evaluator(
+            accuracy_metrics(experience=True),
+            confusion_matrix_metrics(len(constants.CLASS_ORDER), stream=True, save_image=False),
+            log_folder=logs and logs / "solver",
+        ),
         "device": constants.DEVICE,
     }
-    if not replay:
+    if strategy in ("naive", "joint"):
+        return ScholarTemplate(criterion=cross_entropy, **common)
+    generator_strategy = Generator.make_generator_strategy(
+        shape, constants, logs and logs / "generator"
+    )
+    if strategy == "buffer":
+        # As many images as fit into the generator's bytes, with one byte for a pixel.
+        state = generator_strategy.model.state_dict().values()
+        size = sum(part.numel() * part.element_size() for part in state)
+        common["plugins"].append(StoredImages(size // math.prod(shape)))
         return ScholarTemplate(criterion=cross_entropy, **common)
     return GenerativeReplay(
-        generator_strategy=Generator.make_generator_strategy(shape, constants),
+        generator_strategy=generator_strategy,
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
@@ -194,7 +256,7 @@ def remember(scholar, class_order: tuple[int, ...]):
         if len(rows):
             pair[0] = x[rows[certainty[rows].argmax()]]
             pair[1] = x[rows[0]]
-    return pictures.flatten(0, 1)
+    return pictures.flatten(0, 1).cpu()
 
 
 def forgetting(matrix: list[list[float]]) -> float:
@@ -210,51 +272,87 @@ def forgetting(matrix: list[list[float]]) -> float:
     return mean(drops) if drops else 0.0
 
 
-def print_matrix(matrix: list[list[float]]) -> None:
-    """Print the accuracy matrix in percent, a line for each experience learned."""
-    print("accuracy matrix (%): after each experience (rows) on each experience (columns)")
-    for number, row in enumerate(matrix, 1):
-        print(f"{number:4} " + "".join(f"{100 * accuracy:7.2f}" for accuracy in row))
-
-
-def summarize(runs: list[dict], constants: SimpleNamespace) -> None:
-    """Mean and standard error over the seeds: a printed table, summary.json and figures."""
+def log_pictures(scholar, record: dict, memories: list) -> None:
+    """Log the latest confusions and samples for TensorBoard, if that is wanted."""
     from figures import draw
 
-    shared = ("dataset", "notice", "versions")
-    summary = {key: runs[0][key] for key in shared} | {
-        "constants": vars(constants), "seeds": constants.SEEDS, "results": {}
-    }  # fmt: skip
-    keys = ("final_accuracy", "forgetting", "seconds")
-    print(f"\n{'':34}final accuracy     forgetting  seconds")
-    for name in dict.fromkeys(run["name"] for run in runs):
-        own = [run for run in runs if run["name"] == name]
-        results = {key: over_seeds([run[key] for run in own]) for key in keys}
-        summary["results"][name] = results
-        for run in own:
-            values = f"{run['final_accuracy']:14.2%} {run['forgetting']:14.2%}"
-            print(f"{name + ', seed ' + str(run['seed']):34}{values} {run['seconds']:8.0f}")
-        if len(own) > 1:
-            accuracy, lost, seconds = results.values()
-            values = (f"{r['mean']:.2%} ± {r['standard_error']:.2%}" for r in (accuracy, lost))
-            print(f"{name + ', mean ± std. error':34}", end="")
-            print(*(f"{value:>14}" for value in values), f"{seconds['mean']:8.0f}")
-    folder = Path(constants.RESULTS_DIR)
-    Generator.write(folder / "summary.json", summary)
-    Generator.write(folder / "accuracy.png", draw.accuracy_so_far(runs))
-    if constants.ABLATION:
-        Generator.write(folder / "ablation.png", draw.ablation(summary))
-    if runs[0]["notice"]:
-        print(f"These are numbers of {runs[0]['notice']}.")
-    print(f"Results and figures are in {folder}")
-    Generator.show_windows()
+    step = len(record["accuracy_matrix"])
+    for logger in scholar.evaluator.loggers:
+        logger.writer.add_figure("confusions", draw.confusion_matrix([record]), step)
+        if memories:
+            logger.writer.add_images("samples", memories[-1].nan_to_num(), step)
 
 
-def over_seeds(values: list[float]) -> dict:
-    """Mean and standard error (of the mean; None for a single value), and the values."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": mean(values), "standard_error": error, "values": values}
+def matrix_in_words(matrix: list[list[float]]) -> str:
+    """The accuracy matrix in percent, a line for each experience learned."""
+    title = "accuracy matrix (%): after each experience (rows) on each experience (columns)"
+    rows = ("".join(f"{100 * accuracy:7.2f}" for accuracy in row) for row in matrix)
+    return "\n".join([title, *(f"{number:4} {row}" for number, row in enumerate(rows, 1))])
+
+
+def losses(scholar) -> dict:
+    """Losses of solver and generator, arrays of shape (experiences, iterations)."""
+    import torch
+
+    from TrainingInstances import Progress
+
+    strategies = {"solver": scholar}
+    if scholar.replay is not None:
+        strategies["generator"] = scholar.replay.generator_strategy
+    return {
+        name: torch.stack(plugin.losses).numpy()
+        for name, strategy in strategies.items()
+        for plugin in strategy.plugins
+        if isinstance(plugin, Progress)
+    }
+
+
+def summarize(
+    finished: list[tuple[str | None, Path]], folder: Path, notice: str | None = None
+) -> None:
+    """Table, summary.json, metrics.csv and figures of several runs, from their files alone.
+
+    :param finished: names of runs in the table (None: those in their files), and their folders.
+    :param folder: where to write.
+    :param notice: what has to be said of the images; None: what the files say.
+    :raises SystemExit: if there are none, or one can't be read.
+    """
+    from figures import draw, tables
+
+    try:
+        runs = tables.read_runs(finished, notice)
+    except (OSError, ValueError, KeyError) as error:
+        Generator.fail(f"results can't be read ({error}); move damaged folders away")
+    if not runs:
+        Generator.fail(f"there is no results.json in or below {str(folder)!r}")
+    print("\n" + tables.table(runs))
+    for text in {run["notice"] for run in runs} - {""}:
+        print(f"These are numbers of {text}.")
+    Generator.write(folder / "summary.json", tables.statistics(runs))
+    Generator.write(folder / "metrics.csv", tables.tidy(runs))
+    Generator.write_figures(folder / "figures", draw.all_figures(runs))
+    print(f"Results are in {folder}, figures in {folder / 'figures'}")
+
+
+@contextmanager
+def processes(constants: SimpleNamespace) -> Iterator:
+    """A `Parallel` of joblib: processes on this machine, or the workers of a Dask cluster."""
+    from joblib import Parallel, parallel_config
+
+    if constants.BACKEND == "loky":
+        yield Parallel(constants.N_JOBS)  # which divides the threads among the processes
+        return
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        Generator.fail("BACKEND 'dask' needs Dask: pip install distributed")
+    try:
+        client = Client(constants.SCHEDULER, timeout=10)
+    except OSError:
+        Generator.fail(f"no Dask scheduler answers at {constants.SCHEDULER}; set SCHEDULER")
+    with client, parallel_config("dask"):
+        yield Parallel(n_jobs=-1)
 
 
 if __name__ == "__main__":
-    main()
+    Generator.interruptible(main)

@@ -11,13 +11,17 @@ import ast
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -49,6 +53,9 @@ KL_WEIGHT = 0.1  # β, weight of the VAE's KL term; 1: the evidence lower bound 
 MIXTURE_COMPONENTS = 10  # Gaussians per class to draw z from, fitted afterwards; 0: z from N(0, I)
 DEVICE = "auto"  # cpu, cuda, cuda:1, mps; auto: the first that is there of cuda, mps, cpu
 RESULTS_DIR = "results"  # where results and figures go
+FORCE = False  # run anew what is finished already
+QUIET = False  # print nothing but the end
+LOAD = None  # folder of an earlier run: show its generator instead of training
 # ------------------------------------------------------------------------------------------------
 
 # torch and avalanche are imported where they are used: they take ten seconds, and `--help` and
@@ -122,6 +129,9 @@ RULES = {
         "one of auto, cpu, cuda, cuda:0, mps",
     ),
     "RESULTS_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
+    "FORCE": (lambda v: type(v) is bool, "true or false"),
+    "QUIET": (lambda v: type(v) is bool, "true or false"),
+    "LOAD": (lambda v: v is None or isinstance(v, str), "the folder of a run, or none"),
 }
 
 
@@ -292,19 +302,22 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
     return in_memory_benchmark(train, test)
 
 
-def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
+def make_generator_strategy(
+    shape: tuple[int, int, int], constants: SimpleNamespace, log_folder: Path | None = None
+):
     """The generator as a trainable strategy, to be passed on as `generator_strategy`.
 
     It learns with the solver's optimizer, batch size and learning rate unless the GENERATOR_...
     constants say otherwise. To use another generator, build it here.
 
     :param shape: shape of one image, (channels, height, width).
+    :param log_folder: for TensorBoard; None: no logs.
     :return: a `VAETraining` strategy whose `model` is a new `VAE`.
     """
     from avalanche.evaluation.metrics import loss_metrics
 
     from GenerativeModel import VAE, LatentMixtures, negative_elbo
-    from TrainingInstances import EvaluationOnly, VAETraining
+    from TrainingInstances import VAETraining
 
     mixtures = None
     if constants.MIXTURE_COMPONENTS:
@@ -315,30 +328,47 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
     iterations = constants.GENERATOR_ITERATIONS or constants.ITERATIONS
     return VAETraining(
         model=vae,
-        **training(vae, learning_rate, iterations, constants.ANNEAL),
+        **training("generator", vae, learning_rate, iterations, constants.ANNEAL),
         criterion=partial(negative_elbo, kl_weight=constants.KL_WEIGHT),
         train_mb_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
         eval_mb_size=1000,
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
-        evaluator=EvaluationOnly(loss_metrics(experience=True)),
+        evaluator=evaluator(loss_metrics(experience=True), log_folder=log_folder),
         device=constants.DEVICE,
     )
 
 
-def training(model, learning_rate: float, iterations: int, anneal: bool) -> dict:
+def training(name: str, model, learning_rate: float, iterations: int, anneal: bool) -> dict:
     """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
 
+    :param name: what is trained, as the progress bar names it.
     :param anneal: whether the learning rate falls to 0 over each experience.
     """
     from torch.optim import Adam
 
-    from TrainingInstances import Annealing
+    from TrainingInstances import Annealing, Progress
 
     optimizer = Adam(model.parameters(), lr=learning_rate, fused=True)
-    plugins = [Annealing(optimizer, iterations)] if anneal else []
+    # A bar on a terminal, if this is not one of several processes that would write over each other.
+    visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
+    plugins = [Progress(name, visible), *([Annealing(optimizer, iterations)] if anneal else [])]
     return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
+
+
+def evaluator(*metrics, log_folder: Path | None):
+    """Avalanche's evaluation plugin for some metrics; with a folder also for TensorBoard."""
+    from avalanche.evaluation.metrics import loss_metrics
+    from avalanche.logging import TensorboardLogger
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from TrainingInstances import EvaluationOnly
+
+    if log_folder is None:
+        return EvaluationOnly(*metrics)
+    logger = TensorboardLogger(str(log_folder))
+    return EvaluationPlugin(*metrics, loss_metrics(minibatch=True), loggers=[logger])
 
 
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
@@ -347,10 +377,11 @@ def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: in
     That is the constants and the code of the four scripts (but for comments, and the values of the
     constants there). Device, threads and versions are left out: they change the last digits.
     """
-    places = (
-        "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "STRATEGIES", "ABLATION", "N_JOBS", "FORCE"
+    others = (
+        "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "FORCE", "QUIET", "LOAD", "STRATEGIES",
+        "ABLATION", "N_JOBS", "BACKEND", "SCHEDULER", "TENSORBOARD", "SUMMARIZE",
     )  # fmt: skip
-    deciding = {name: value for name, value in vars(constants).items() if name not in places}
+    deciding = {name: value for name, value in vars(constants).items() if name not in others}
     code = []
     for script in ("GenerativeModel", "TrainingInstances", "Generator", "GenerativeReplay"):
         tree = ast.parse(Path(__file__).with_name(f"{script}.py").read_text(encoding="utf-8"))
@@ -360,72 +391,162 @@ def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: in
     return Path(constants.RESULTS_DIR) / f"{dataset}-{strategy}-{digest}-seed{seed}"
 
 
-def run_record(
-    constants: SimpleNamespace, images: SimpleNamespace, strategy: str, seed: int, started: float
-) -> dict:
-    """What a file of results says of how its numbers came about.
+@contextmanager
+def only_process(folder: Path, name: str) -> Iterator[None]:
+    """Make a run's folder, and wait until no other process works in it."""
+    from filelock import FileLock, Timeout
 
-    :param started: `time.perf_counter()` at the start of the run.
+    make_folder(folder)
+    lock = FileLock(folder / "lock")  # the system takes it back from a process that was killed
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{name}: another process is at it, waiting for that", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_state(folder: Path, constants: SimpleNamespace, strategy, **results) -> None:
+    """Write what a run needs to go on after an experience: tensors and plain values.
+
+    The scripts draw all their random numbers from torch, so that its state is enough.
     """
-    import avalanche
     import torch
 
+    trainer = strategy.replay and strategy.replay.generator_strategy
+    state = {
+        "run": folder.name,
+        "constants": vars(constants),
+        "strategy": strategy.state_dict(),
+        "generator": trainer and trainer.model.state_dict(),  # for `look`; it is stored once
+        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    write(folder / "state.pt", state | results)
+
+
+def read_state(path: Path, device: str) -> dict:
+    """What `save_state` has written.
+
+    :param device: where its tensors go.
+    :raises SystemExit: if the file is not what it should be.
+    """
+    import torch
+
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["run"] == path.parent.name:
+            return state
+        reason = f"it is of {state['run']}"
+    except Exception as error:  # a damaged file can raise anything
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    fail(f"{path} is no checkpoint of this run ({reason:.100}); move it away to start anew")
+
+
+def restore(folder: Path, constants: SimpleNamespace, strategy) -> dict | None:
+    """Bring a new strategy, and torch's random numbers, to where an interrupted run has left off.
+
+    :return: the state that was saved, or None if there is none or `FORCE` says to start anew.
+    """
+    import torch
+
+    path = folder / "state.pt"
+    if constants.FORCE or not path.exists():
+        return None
+    state = read_state(path, constants.DEVICE)
+    strategy.load_state_dict(state["strategy"])
+    torch.set_rng_state(state["random"]["cpu"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["random"]["cuda"]])
+    return state
+
+
+def run_record(
+    constants: SimpleNamespace, name: str, strategy: str, seed: int, notice: str
+) -> dict:
+    """What a file of results says of how its numbers came about, at the start of a run."""
     return {
-        "dataset": images.name,
-        "notice": images.notice,
+        "name": name,
+        "dataset": constants.DATASET,
+        "notice": notice,
         "strategy": strategy,
         "seed": seed,
         "constants": vars(constants),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "avalanche": avalanche.__version__,
-        },
-        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "torchvision", "avalanche-lib")},
+        "seconds": 0.0,
     }
 
 
 def write(path: Path, content) -> None:
-    """Write a file whole or not at all: a dict as JSON, a figure as picture, arrays as .npz."""
+    """Write a file whole or not at all: a dict as JSON, arrays, a state, a text or a figure."""
     import numpy as np
+    import torch
 
     buffer = BytesIO()
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=1).encode())
     elif path.suffix == ".npz":
         np.savez_compressed(buffer, **content)
+    elif path.suffix == ".pt":
+        torch.save(content, buffer)
+    elif path.suffix == ".csv":
+        buffer.write(content.encode())
     else:
-        content.savefig(buffer, format=path.suffix[1:])
+        kind = path.suffix[1:]
+        content.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
+        make_folder(path.parent)
         unfinished.write_bytes(buffer.getvalue())
         unfinished.replace(path)
     except OSError as error:
-        fail(f"{path} can't be written ({error.strerror}); set RESULTS_DIR to another folder")
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        fail(f"{path} can't be written ({error.strerror}); make room, or set RESULTS_DIR elsewhere")
 
 
-def prepare(*scripts: ModuleType) -> tuple:
-    """What a script starts with: the constants and the images.
+def write_figures(folder: Path, figures: dict) -> None:
+    """Write figures, by name, as pictures (PNG) and as drawings (SVG); show them on a display."""
+    from matplotlib import pyplot as plt
 
-    The constants are those used, without "auto" or None for what depends on the machine, and are
-    echoed.
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            write(folder / f"{name}.{ending}", figure)
+    if plt.get_backend().lower() != "agg":
+        plt.show()
+    plt.close("all")
 
-    :param scripts: see `read_constants`.
+
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there.
+
+    :raises SystemExit: if that can't be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"folder {str(folder)!r} can't be made ({error.strerror}); set RESULTS_DIR elsewhere")
+
+
+def prepare(constants: SimpleNamespace) -> SimpleNamespace:
+    """Settle what depends on the machine, instead of "auto" or None, and echo the constants.
+
+    :return: the images, see `load_images`.
     :raises SystemExit: with code 2 and one line, if anything is not as it has to be.
     """
-    constants = read_constants(*scripts)
     constants.DEVICE = choose_device(constants.DEVICE)
     images = load_images(constants.DATASET, constants.DATA_DIR)
     constants.DATASET = images.name
     constants.ITERATIONS = constants.ITERATIONS or images.iterations
     make_benchmark(images, constants)  # ends the program here if it can't be made
-    try:
-        Path(constants.RESULTS_DIR).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"RESULTS_DIR {constants.RESULTS_DIR!r} can't be made ({error.strerror})")
-    print("\n".join(f"{name} = {value!r}" for name, value in vars(constants).items()), flush=True)
-    return constants, images
+    make_folder(Path(constants.RESULTS_DIR))
+    if not constants.QUIET:
+        lines = (f"{name} = {value!r}" for name, value in vars(constants).items())
+        print("\n".join(lines), flush=True)
+    return images
 
 
 def for_seed(constants: SimpleNamespace, seed: int) -> SimpleNamespace:
@@ -439,49 +560,6 @@ def for_seed(constants: SimpleNamespace, seed: int) -> SimpleNamespace:
     return SimpleNamespace(**vars(constants) | {"CLASS_ORDER": order})
 
 
-def main() -> None:
-    """Train the generator alone along the stream and show what it remembers."""
-    constants, images = prepare(sys.modules[__name__])
-    for seed in constants.SEEDS:
-        train_along_stream(images, constants, seed)
-    show_windows()
-
-
-def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
-    """One run: train on each experience, then sample, reconstruct and evaluate."""
-    import torch
-
-    from figures import draw
-
-    started = time.perf_counter()
-    folder = run_folder(constants, images.name, "generator", seed)
-    constants = for_seed(constants, seed)
-    benchmark = make_benchmark(images, constants)
-    strategy = make_generator_strategy(images.train[0].shape[1:], constants)
-    vae, matrix, pictures = strategy.model, [], []
-    # The same test images after each experience, of all classes: also of those yet to come.
-    originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
-
-    for experience in benchmark.train_stream:
-        strategy.train(experience)
-        metrics = strategy.eval(benchmark.test_stream)
-        matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-        pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))
-        text = f"loss on its images {matrix[-1][len(matrix) - 1]:.1f} nats"
-        report(f"generator, seed {seed}", experience, constants, text, started)
-
-    samples, reconstructions = (torch.stack(kind).cpu().numpy() for kind in zip(*pictures))
-    arrays = {
-        "samples": samples, "originals": originals.numpy(), "reconstructions": reconstructions
-    }  # fmt: skip
-    record = run_record(constants, images, "generator", seed, started)
-    record["loss_matrix"] = matrix
-    write(folder / "generator.json", record)
-    write(folder / "samples.npz", arrays)
-    write(folder / "generator.png", draw.generator(record, arrays))
-    print(f"seed {seed}: {folder / 'generator.png'}")
-
-
 def metric_row(metrics: dict, name: str, experiences: int) -> list[float]:
     """One of Avalanche's metrics on each experience of the test stream, as a list."""
     return [
@@ -490,20 +568,124 @@ def metric_row(metrics: dict, name: str, experiences: int) -> list[float]:
     ]
 
 
-def report(run: str, experience, constants: SimpleNamespace, text: str, started: float) -> None:
-    """Print a line after an experience; `started` is the `time.perf_counter()` of the run."""
-    number = f"{experience.current_experience + 1}/{constants.N_EXPERIENCES}"
-    seconds = time.perf_counter() - started
-    print(f"{run}: experience {number}, {text}, {seconds:.0f} s", flush=True)
+def report(constants: SimpleNamespace, text: str) -> None:
+    """Print a line at once, unless nothing but the end is wanted."""
+    if not constants.QUIET:
+        print(text, flush=True)
 
 
-def show_windows() -> None:
-    """Show the figures in windows if matplotlib has found a display."""
-    from matplotlib import pyplot as plt
+def interruptible(main: Callable[[], None]) -> None:
+    """Run a script; when it is interrupted or its numbers go wrong, end it with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        text = "\ninterrupted; the same command goes on after the last experience that was finished"
+        print(text, file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    except FloatingPointError as error:
+        fail(f"{error}; change what makes it diverge, such as LEARNING_RATE")
 
-    if plt.get_backend().lower() != "agg":
-        plt.show()
+
+def main() -> None:
+    """Train the generator alone along the stream and show what it remembers."""
+    constants = read_constants(sys.modules[__name__])
+    if constants.LOAD is not None:
+        return look(Path(constants.LOAD), constants)
+    images = prepare(constants)
+    for seed in constants.SEEDS:
+        train_along_stream(images, constants, seed)
+
+
+def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
+    """One run: train on each experience, then sample, reconstruct and evaluate."""
+    import torch
+
+    from figures import draw
+
+    name, folder = f"generator, seed {seed}", run_folder(constants, images.name, "generator", seed)
+    with only_process(folder, name):
+        if (folder / "generator.json").exists() and not constants.FORCE:
+            return report(constants, f"{name}: finished already, in {folder}")
+        constants = for_seed(constants, seed)
+        benchmark = make_benchmark(images, constants)
+        strategy = make_generator_strategy(images.train[0].shape[1:], constants)
+        record = run_record(constants, "generator", "generator", seed, images.notice)
+        vae, pictures = strategy.model, []
+        if state := restore(folder, constants, strategy):
+            record, pictures = state["record"], state["pictures"]
+            report(constants, f"{name}: goes on after experience {len(pictures)}")
+        matrix = record.setdefault("loss_matrix", [])
+        started = time.perf_counter() - record["seconds"]
+        # The same test images each time, of all classes: also of those yet to come.
+        originals = one_of_each(images, constants)
+
+        for experience in benchmark.train_stream[len(matrix) :]:
+            strategy.train(experience)
+            metrics = strategy.eval(benchmark.test_stream)
+            matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
+            both = vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))
+            pictures.append([one.cpu() for one in both])
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            save_state(folder, constants, strategy, record=record, pictures=pictures)
+            text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
+            text += f" {matrix[-1][len(matrix) - 1]:.1f} nats, {record['seconds']:.0f} s"
+            report(constants, text)
+
+        samples, reconstructions = (torch.stack(kind).numpy() for kind in zip(*pictures))
+        arrays = {
+            "samples": samples, "originals": originals.numpy(), "reconstructions": reconstructions
+        }  # fmt: skip
+        write(folder / "samples.npz", arrays)
+        write(folder / "generator.json", record)  # last: it is finished
+    figures = Path(constants.RESULTS_DIR) / "figures"
+    write_figures(figures, {f"generator-seed{seed}": draw.generator(record, arrays)})
+    print(f"{name}: {figures / f'generator-seed{seed}.png'}")
+
+
+def one_of_each(images: SimpleNamespace, constants: SimpleNamespace):
+    """The first test image of each class, in the order of the stream; shape (10, C, H, W)."""
+    import torch
+
+    x, y = images.test
+    return torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
+
+
+def look(folder: Path, constants: SimpleNamespace) -> None:
+    """Show a saved generator: samples, reconstructions, and walks from one digit to another.
+
+    :param folder: what a run of either script has left.
+    :raises SystemExit: if there is no state in it.
+    """
+    import torch
+
+    from figures import draw
+
+    if not (folder / "state.pt").is_file():
+        fail(f"LOAD is {str(folder)!r}, but has to be a run's folder, with a state.pt in it")
+    device = choose_device(constants.DEVICE)
+    state = read_state(folder / "state.pt", device)
+    if state["generator"] is None:
+        fail(f"LOAD is {str(folder)!r}, a run without generator; choose one with replay")
+    own = SimpleNamespace(**state["constants"] | {"DEVICE": device})
+    images = load_images(own.DATASET, constants.DATA_DIR)
+    generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
+    generator.load_state_dict(state["generator"])
+    originals = one_of_each(images, own).to(device)
+    with torch.no_grad():
+        # Each row goes from one class to the next, in twenty steps.
+        z = generator.encode(originals)[0][:, None]
+        share = torch.linspace(0, 1, 20, device=device)[:, None]
+        walk = generator.decode(torch.lerp(z[:-1:2], z[1::2], share).flatten(0, 1)).sigmoid()
+    arrays = {
+        "samples": generator.generate(80).unflatten(0, (-1, 20)),
+        "reconstructions": torch.stack([originals, generator.reconstruct(originals)]),
+        "walk": walk.unflatten(0, (-1, 20)),
+    }
+    figure = draw.look(state["record"], {name: x.cpu().numpy() for name, x in arrays.items()})
+    write_figures(folder, {"look": figure})
+    print(f"samples, reconstructions and walks: {folder / 'look.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

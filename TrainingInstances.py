@@ -16,6 +16,7 @@ from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
@@ -34,7 +35,10 @@ from avalanche.training.plugins import (  # noqa: E402
     EvaluationPlugin,
     GenerativeReplayPlugin,
     LRSchedulerPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
 )
+from avalanche.training.storage_policy import ReservoirSamplingBuffer  # noqa: E402
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
 from avalanche.training.utils import cycle  # noqa: E402
 
@@ -135,6 +139,24 @@ class ReplayedData(GenerativeReplayPlugin):
         strategy.mb_output = output[real] if whole else tuple(part[real] for part in output)
         strategy.loss = strategy.current_loss
 
+    def state_dict(self) -> dict:
+        """What has to survive between two experiences, the generator's part included."""
+        state = {
+            name: getattr(self, name)
+            for name in ("experiences_learned", "seen_classes", "untrained_solver")
+        }
+        if isinstance(self.generator_strategy, SupervisedTemplate) and not self.model_is_generator:
+            state["generator"] = self.generator_strategy.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was called."""
+        for name, value in state.items():
+            if name == "generator":
+                self.generator_strategy.load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Note what was learned, let the generator learn it too, and let go of the old scholar."""
         super().after_training_exp(strategy, **kwargs)
@@ -186,10 +208,125 @@ class Annealing(LRSchedulerPlugin):
         schedule = CosineAnnealingLR(optimizer, iterations)
         super().__init__(schedule, step_granularity="iteration")
 
-    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Forget the optimizer's moments."""
-        super().before_training_exp(strategy, **kwargs)
+    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Set the learning rate back, and forget the optimizer's moments."""
+        super().after_training_exp(strategy, **kwargs)
         strategy.optimizer.state.clear()
+
+
+class StoredImages(ReplayPlugin):
+    """Experience replay, to compare with: extend each minibatch by as many stored real images.
+
+    Avalanche's `ReplayPlugin` keeps them, a random sample of all that came (reservoir sampling).
+    What is overridden is how they reach the minibatch: from memory, and for as many iterations as
+    the strategy wants, where Avalanche's loader ends with the larger of the two data sets.
+
+    :param mem_size: number of images to keep.
+    """
+
+    def __init__(self, mem_size: int):
+        super().__init__(mem_size, storage_policy=ReservoirSamplingBuffer(mem_size))
+        self.minibatches: Iterator | None = None
+
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Get the images ready."""
+        if len(self.storage_policy.buffer):
+            tensors = [part.to(strategy.device) for part in self._stored()]
+            self.minibatches = cycle(TensorLoader(tensors, strategy.train_mb_size, shuffle=True))
+
+    def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
+        """Concatenate stored images, their labels and task labels to the minibatch."""
+        if self.minibatches is not None:
+            pairs = zip(strategy.mbatch, next(self.minibatches), strict=True)
+            strategy.mbatch = [torch.cat(pair) for pair in pairs]
+
+    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Let the reservoir choose among the images that it has and the new ones."""
+        self.storage_policy.post_adapt(strategy, strategy.experience)
+
+    def _stored(self) -> list[Tensor]:
+        """Images, class labels and task labels."""
+        x, *labels = zip(*self.storage_policy.buffer)
+        return [torch.stack(x), *map(torch.tensor, labels)]
+
+    def state_dict(self) -> dict:
+        """The images and the numbers by which the reservoir decides which to keep."""
+        stored = self._stored()[:2] if len(self.storage_policy.buffer) else []
+        return {"stored": stored, "weights": self.storage_policy._buffer_weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was called."""
+        if state["stored"]:
+            self.storage_policy.buffer = in_memory_dataset(*state["stored"])
+        self.storage_policy._buffer_weights = state["weights"]
+
+
+class Progress(SupervisedPlugin):
+    """Keep the loss of each training iteration, see that it is finite, and show a bar.
+
+    :param name: what is trained.
+    :param visible: whether there is a bar (on the standard error stream).
+    """
+
+    EVERY = 50  # iterations between two looks at the losses: on a GPU each look costs a wait
+
+    def __init__(self, name: str, visible: bool = False):
+        super().__init__()
+        self.name, self.visible = name, visible
+        self.losses: list[Tensor] = []  # for each experience: one per iteration, on the CPU
+        self.current: list[Tensor] = []  # those since the last look
+        self.bar: tqdm | None = None
+
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Begin a new bar."""
+        self.losses.append(torch.empty(0))
+        self.bar = tqdm(
+            total=len(strategy.dataloader) * strategy.train_epochs,
+            desc=f"experience {strategy.experience.current_experience + 1}, {self.name}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+            ncols=79,
+            leave=False,
+            disable=not self.visible,
+        )
+
+    def after_backward(self, strategy: SupervisedTemplate, **kwargs):
+        """Note the loss: of present and past, as it is minimised."""
+        self.current.append(strategy.loss.detach())
+        if len(self.current) == self.EVERY:
+            self._look(strategy)
+
+    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Note the last losses and take the bar away."""
+        self._look(strategy)
+        self.bar.close()
+
+    def _look(self, strategy: SupervisedTemplate) -> None:
+        """Keep the latest losses.
+
+        :raises FloatingPointError: if one is infinite or not a number.
+        """
+        if not self.current:
+            return
+        latest = torch.stack(self.current).flatten().cpu()
+        before, self.current = len(self.losses[-1]), []
+        self.losses[-1] = torch.cat([self.losses[-1], latest])
+        if not latest.isfinite().all():
+            self.bar.close()
+            first = before + int((~latest.isfinite()).nonzero()[0]) + 1
+            raise FloatingPointError(
+                f"the loss of the {self.name} is {float(latest[first - before - 1])} at experience "
+                f"{strategy.experience.current_experience + 1}, iteration {first}"
+            )
+        self.bar.set_postfix_str(f"loss {latest.mean():.3g}", refresh=False)
+        self.bar.update(len(latest))
+
+    def state_dict(self) -> dict:
+        """The losses so far."""
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was called."""
+        self.losses = state["losses"]
 
 
 class TensorLoader:
@@ -343,6 +480,31 @@ class ScholarTemplate(SupervisedTemplate):
             self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
         else:
             super().make_eval_dataloader(**kwargs)
+
+    def state_dict(self) -> dict:
+        """What has to survive between two experiences: model, optimizer, counters and plugins.
+
+        Tensors and plain values, so that `torch.load` reads it with `weights_only=True`. Plugins
+        of your own that remember something have to bring these two methods as well.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clock": dict(vars(self.clock)),
+            "plugins": [plugin.state_dict() for plugin in self._stateful()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was called, in a strategy that was built in the same way."""
+        self.make_optimizer(reset_optimizer_state=True)  # or the next train() does, and forgets
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self.clock).update(state["clock"])
+        for plugin, own in zip(self._stateful(), state["plugins"], strict=True):
+            plugin.load_state_dict(own)
+
+    def _stateful(self) -> list:
+        return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]
 
     def _tensor_loader(self, batch_size: int, shuffle: bool) -> TensorLoader:
         tensors = [tensor.to(self.device) for tensor in self.adapted_dataset.tensors]

@@ -1,43 +1,81 @@
-"""The figures of a run, drawn from its results alone (results.json and samples.npz).
+"""The figures of one or several runs, drawn from their results alone.
 
+A run is what results.json holds, with its `name` and the `folder` it lies in (see tables.py).
 Each function returns a matplotlib figure; the scripts save it. One visual language: images dark on
-light as on paper, one row per experience, titles that name data set, strategy and seed.
+light as on paper, one row per experience, titles that name data set, strategy and seeds.
 """
+
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from figures import tables
 
 WIDTH = 8  # inches: a column of the README
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
-    "figure.max_open_warning": 0,  # many seeds have many figures
+    "figure.max_open_warning": 0,  # many strategies have many figures
     "font.size": 9,
+    "svg.hashsalt": "",  # the same file for the same figure
 }
 # Okabe and Ito's palette, which the colour-blind can tell apart, and two more; as many as markers.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00",
     "#56b4e9", "#000000", "#999999", "#b8860b",
 )  # fmt: skip
+MARKERS = "osD^vP*X<"
 # Class-incremental Split MNIST, no stored data, fully connected, 2,000 iterations of 128 + 128 (van
 # de Ven et al. 2018, 2022). Shown beside runs of this data set, experiences and validation images.
 PROTOCOL = ("mnist", 5, 0)
 PUBLISHED = {"DGR, published": 91.24, "brain-inspired replay, published": 94.41}
 
 
-def title(results: dict, what: str) -> str:
-    """Title of a figure: what it shows, of which run, and the notice that goes with it."""
-    held_out = ", validation images" if results["constants"]["VALIDATION_SIZE"] else ""
-    run = f"{results['dataset']}, {results['strategy']}, seed {results['seed']}{held_out}"
-    run = f"{what} ({run})"
-    return f"{run}\n{results['notice']}" if results["notice"] else run
+def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
+    """Every figure of a command, by its file's name: of all runs, then of each strategy."""
+    figures = {"accuracy": accuracy_so_far(runs)}
+    names = tables.by_name(runs)
+    if "plain replay" in names:
+        return figures | {"ablation": ablation(runs)}
+    for name, own in names.items():
+        of_one = [accuracy_matrix, confusion_matrix, forgetting, losses]
+        if (own[0]["folder"] / "samples.npz").exists():
+            of_one.append(samples)
+        ending = "-" + re.sub(r"\W+", "-", name).strip("-")
+        figures |= {function.__name__ + ending: function(own) for function in of_one}
+    return figures
 
 
-def class_groups(results: dict) -> list[str]:
-    """Names of the experiences on the axes: their classes."""
-    constants = results["constants"]
+def title(what: str, runs: list[dict]) -> str:
+    """Title of a figure: what it shows, of which runs, and the notice that goes with it."""
+    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    parts = ["/".join(sorted({run["dataset"] for run in runs}))]
+    if len(names := tables.by_name(runs)) == 1:
+        parts += names
+    parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+    parts += ["validation images"] if first["constants"]["VALIDATION_SIZE"] else []
+    text = f"{what} ({', '.join(parts)})"
+    return f"{text}\n{first['notice']}" if first["notice"] else text
+
+
+def class_groups(run: dict) -> list[str]:
+    """Names of the experiences on the axes: their classes; numbers where each seed has its own."""
+    constants = run["constants"]
     groups = np.array_split(constants["CLASS_ORDER"], constants["N_EXPERIENCES"])
+    if constants["SHUFFLE_CLASSES"]:
+        return [str(number) for number in range(1, len(groups) + 1)]
     return [" ".join(map(str, group)) for group in groups]
+
+
+def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
+    """Draw the mean of curves, shape (seeds, points), within a band of its standard error."""
+    middle = curves.mean(0)
+    axes.plot(x, middle, **style)
+    if len(curves) > 1:
+        error = curves.std(0, ddof=1) / np.sqrt(len(curves))
+        low, high = middle - error, middle + error
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.3, linewidth=0)
 
 
 def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -48,15 +86,12 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return grid.reshape(n // columns * height, columns * width)
 
 
-def show_rows(axes, images: np.ndarray, results: dict) -> None:
-    """Images of shape (experiences, n, C, H, W), one row per experience, labelled."""
-    experiences, columns = images.shape[:2]
+def show_rows(axes, images: np.ndarray, labels: list[str]) -> None:
+    """Images of shape (rows, n, C, H, W), row by row, labelled."""
+    rows, columns = images.shape[:2]
     picture = mosaic(images.reshape(-1, *images.shape[2:]), columns)
     axes.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    height = picture.shape[0] / experiences
-    labels = class_groups(results)
-    axes.set_yticks((np.arange(experiences) + 0.5) * height, labels)
-    axes.set_ylabel("after experience (its classes)")
+    axes.set_yticks((np.arange(rows) + 0.5) * picture.shape[0] / rows, labels)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -69,102 +104,179 @@ def separate_pairs(axes, pairs: int) -> None:
 
 
 @plt.rc_context(STYLE)
-def memories(results: dict, arrays: dict) -> plt.Figure:
-    """Generated images after each experience, two for each class: the surest and any other."""
-    samples = arrays["samples"]
-    experiences, columns = samples.shape[:2]
+def samples(runs: list[dict]) -> plt.Figure:
+    """Generated images after each experience of the first run, two for each class."""
+    run = runs[0]
+    images = np.load(run["folder"] / "samples.npz")["samples"]
+    experiences, columns = images.shape[:2]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
-    show_rows(axes, samples, results)
+    order = run["constants"]["CLASS_ORDER"]
+    groups = np.array_split(order, experiences)
+    show_rows(axes, images, [" ".join(map(str, group)) for group in groups])
     separate_pairs(axes, columns // 2)
-    order = results["constants"]["CLASS_ORDER"]
     axes.set_xticks((np.arange(len(order)) + 0.5) * axes.get_xlim()[1] / len(order), order)
+    axes.set_ylabel("after experience (its classes)")
     axes.set_xlabel(
         "by the class that the solver sees in them, of 1,000 samples: the surest and the first"
     )
-    axes.set_title(title(results, "What the generator remembers"))
+    axes.set_title(title("What the generator remembers", runs[:1]))
     return figure
 
 
 @plt.rc_context(STYLE)
-def generator(results: dict, arrays: dict) -> plt.Figure:
+def generator(run: dict, arrays: dict) -> plt.Figure:
     """Samples after each experience (left), and test images beside their reconstructions."""
-    samples, originals = arrays["samples"], arrays["originals"]
-    reconstructions = arrays["reconstructions"]
-    pairs = np.stack([np.broadcast_to(originals, reconstructions.shape), reconstructions], axis=2)
-    pairs = pairs.reshape(len(samples), -1, *samples.shape[2:])
-    height = 2 * (0.5 + WIDTH * 0.93 * len(samples) / samples.shape[1])
-    figure, (upper, lower) = plt.subplots(2, figsize=(WIDTH, height))
-    show_rows(upper, samples, results)
-    upper.set_title(title(results, "Samples"))
-    show_rows(lower, pairs, results)
-    separate_pairs(lower, len(originals))
-    lower.set_title("Test images of each class, each with its reconstruction to the right")
+    images, originals = arrays["samples"], arrays["originals"]
+    reconstructions = arrays.get("reconstructions")
+    rows = 1 if reconstructions is None else 2
+    height = rows * (0.5 + WIDTH * 0.93 * len(images) / images.shape[1])
+    figure, axes = plt.subplots(rows, figsize=(WIDTH, height), squeeze=False)
+    labels = class_groups(run | {"constants": run["constants"] | {"SHUFFLE_CLASSES": False}})
+    upper = axes[0, 0]
+    show_rows(upper, images, labels)
+    upper.set_title(title("Samples", [run]))
+    if reconstructions is not None:
+        pairs = np.broadcast_to(originals, reconstructions.shape), reconstructions
+        pairs = np.stack(pairs, axis=2).reshape(len(images), -1, *images.shape[2:])
+        lower = axes[1, 0]
+        show_rows(lower, pairs, labels)
+        separate_pairs(lower, len(originals))
+        lower.set_title("Test images of each class, each with its reconstruction to the right")
+    for one in axes[:, 0]:
+        one.set_ylabel("after experience (its classes)")
     return figure
 
 
 @plt.rc_context(STYLE)
-def accuracy_matrix(results: dict) -> plt.Figure:
-    """Heat map of the accuracy matrix, in percent; experiences yet to come are left out."""
-    matrix = 100 * np.array(results["accuracy_matrix"], dtype=float)
+def look(run: dict, arrays: dict) -> plt.Figure:
+    """What a saved generator paints: samples, reconstructions, walks through latent space."""
+    titles = {
+        "samples": title("Samples", [run]),
+        "reconstructions": "Test images (above), and their reconstructions",
+        "walk": "From one digit to another, along a straight line in latent space",
+    }
+    shown = {name: images for name, images in arrays.items() if name in titles}
+    heights = [len(images) / images.shape[1] for images in shown.values()]
+    figure, axes = plt.subplots(
+        len(shown), figsize=(WIDTH, sum(0.35 + WIDTH * 0.95 * height for height in heights)),
+        height_ratios=heights, squeeze=False,
+    )  # fmt: skip
+    for one, (name, images) in zip(axes[:, 0], shown.items()):
+        show_rows(one, images, [""] * len(images))
+        one.set_title(titles[name])
+    return figure
+
+
+@plt.rc_context(STYLE)
+def accuracy_matrix(runs: list[dict]) -> plt.Figure:
+    """Heat map of the mean accuracy matrix, in percent, without experiences yet to come."""
+    matrix = 100 * np.mean([run["accuracy_matrix"] for run in runs], axis=0)
     matrix[np.triu_indices(len(matrix), 1)] = np.nan
-    figure, axes = plt.subplots(figsize=(0.6 * WIDTH, 0.5 * WIDTH))
+    axes, figure = heat_map(matrix, class_groups(runs[0]), "accuracy (%)")
+    axes.set(xlabel="tested on (classes)", ylabel="after experience (its classes)")
+    axes.set_title(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def confusion_matrix(runs: list[dict]) -> plt.Figure:
+    """Heat map of the classes that the solver sees in test images, after the last experience."""
+    counts = np.sum([run["confusion_matrix"] for run in runs], axis=0)
+    share = 100 * counts / counts.sum(1, keepdims=True)
+    axes, figure = heat_map(share, list(range(len(share))), "share of the class's images (%)")
+    axes.set(xlabel="class that the solver sees", ylabel="class")
+    axes.set_title(title("Confusions after the last experience", runs))
+    return figure
+
+
+def heat_map(matrix: np.ndarray, labels: list, unit: str) -> tuple:
+    """Annotated heat map of percentages; NaN stays empty. Returns its axes and the figure."""
+    figure, axes = plt.subplots(figsize=(0.7 * WIDTH, 0.58 * WIDTH))
     image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=100)
     for (i, j), value in np.ndenumerate(matrix):
-        if not np.isnan(value):
+        if value > 0 or (value == 0 and len(matrix) <= 5):  # zeros would fill a large one
             colour = "black" if value > 60 else "white"
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
-    labels = class_groups(results)
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour,
+                      fontsize="small" if len(matrix) > 5 else None)  # fmt: skip
     axes.set_xticks(range(len(matrix)), labels)
     axes.set_yticks(range(len(matrix)), labels)
-    axes.set_xlabel("tested on (classes)")
-    axes.set_ylabel("after experience (its classes)")
-    axes.set_title(title(results, f"Accuracy: {100 * results['final_accuracy']:.2f} % at the end"))
-    figure.colorbar(image, label="accuracy (%)")
-    return figure
-
-
-def caption(what: str, dataset: str, seeds: list[int], constants: dict, notice: str) -> str:
-    """Title of a figure of several runs."""
-    held_out = ", validation images" if constants["VALIDATION_SIZE"] else ""
-    count = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    text = f"{what} ({dataset}, {count}{held_out})"
-    return f"{text}\n{notice}" if notice else text
+    figure.colorbar(image, label=unit)
+    return axes, figure
 
 
 @plt.rc_context(STYLE)
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     """Accuracy over the experiences seen so far, a line per name, mean and standard error."""
-    names = list(dict.fromkeys(run["name"] for run in runs))
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
-    for name, colour, marker in zip(names, COLOURS, "osD^vP*X<"):
-        matrices = [run["accuracy_matrix"] for run in runs if run["name"] == name]
-        curves = np.array(
-            [[100 * np.mean(row[: i + 1]) for i, row in enumerate(m)] for m in matrices]
-        )
-        middle, x = curves.mean(0), np.arange(1, curves.shape[1] + 1)
-        axes.plot(x, middle, marker=marker, color=colour, label=name)
-        if len(curves) > 1:
-            error = curves.std(0, ddof=1) / np.sqrt(len(curves))
-            low, high = middle - error, middle + error
-            axes.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
-    classes = np.array([len(group.split()) for group in class_groups(runs[0])]).cumsum()
-    axes.plot(x, 100 / classes, ":", color="gray", label="chance")
+    for (name, own), colour, marker in zip(tables.by_name(runs).items(), COLOURS, MARKERS):
+        curves = [
+            [100 * np.mean(row[: i + 1]) for i, row in enumerate(run["accuracy_matrix"])]
+            for run in own
+        ]
+        x = np.arange(1, len(curves[0]) + 1)
+        band(axes, x, np.array(curves), marker=marker, color=colour, label=name)
+    if len({run["constants"]["N_EXPERIENCES"] for run in runs}) == 1:
+        order = runs[0]["constants"]["CLASS_ORDER"]
+        classes = np.cumsum([len(group) for group in np.array_split(order, len(x))])
+        axes.plot(x, 100 / classes, ":", color="gray", label="chance")
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    first, seeds = runs[0], sorted({run["seed"] for run in runs})
-    what = "Accuracy on all experiences so far"
-    axes.set_title(caption(what, first["dataset"], seeds, first["constants"], first["notice"]))
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    axes.set_title(title("Accuracy on all experiences so far", runs))
     return figure
 
 
 @plt.rc_context(STYLE)
-def ablation(summary: dict) -> plt.Figure:
+def forgetting(runs: list[dict]) -> plt.Figure:
+    """Accuracy on each experience from when it was learned to the end."""
+    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
+    matrices = 100 * np.array([run["accuracy_matrix"] for run in runs])
+    x = np.arange(1, matrices.shape[1] + 1)
+    for j, label in enumerate(class_groups(runs[0])):
+        style = {"marker": MARKERS[j % 9], "color": COLOURS[j % 9], "label": label}
+        band(axes, x[j:], matrices[:, j:, j], **style)
+    axes.set(xlabel="experiences learned", ylabel="accuracy (%)", xticks=x)
+    axes.set_ylim(min(axes.get_ylim()[0], 89), 100.5)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", title="experience\n(its classes)", fontsize="small")
+    axes.set_title(title("Accuracy of each experience over time", runs))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def losses(runs: list[dict]) -> plt.Figure:
+    """Losses of solver and generator over the iterations of all experiences."""
+    arrays = [np.load(run["folder"] / "losses.npz") for run in runs]
+    names = arrays[0].files
+    figure, all_axes = plt.subplots(
+        len(names), figsize=(WIDTH, 0.1 * WIDTH + 0.22 * WIDTH * len(names)), squeeze=False
+    )
+    for axes, name, colour in zip(all_axes[:, 0], names, COLOURS):
+        experiences, iterations = arrays[0][name].shape
+        width = max(1, iterations // 100)  # iterations that a point is the mean of
+        curves = np.stack([array[name][:, : iterations // width * width] for array in arrays])
+        curves = curves.reshape(len(runs), -1, width).mean(2)
+        x = (np.arange(curves.shape[1]) + 0.5) * width
+        band(axes, x, curves, color=colour, linewidth=1)
+        for start in range(1, experiences):
+            axes.axvline(start * iterations, color="gray", linewidth=0.6)
+        axes.set(ylabel=f"{name}'s loss", xlim=(0, experiences * iterations))
+        if curves.min() > 0 and curves.max() > 30 * curves.min():
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, axis="y")
+    axes.set_xlabel("iterations; a line where an experience ends")
+    all_axes[0, 0].set_title(title("Losses, of present and past", runs))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def ablation(runs: list[dict]) -> plt.Figure:
     """Final accuracy of each step of the ablation, with its standard error, beside published ones.
 
     The lower bound is left to the table: drawn here, it would push all others into a corner.
     """
-    rows = {name: r["final_accuracy"] for name, r in summary["results"].items() if name != "naive"}
+    runs = [run for run in runs if run["name"] != "naive"]
+    rows = {name: row["final_accuracy"] for name, row in tables.statistics(runs).items()}
     middle = [100 * row["mean"] for row in rows.values()]
     error = [100 * (row["standard_error"] or 0) for row in rows.values()]
     figure, axes = plt.subplots(figsize=(0.85 * WIDTH, 0.1 * WIDTH + 0.3 * len(rows)))
@@ -175,12 +287,13 @@ def ablation(summary: dict) -> plt.Figure:
                       ha="center", fontsize="small")  # fmt: skip
     axes.set_yticks(y, rows)
     axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
-    constants, seeds = summary["constants"], summary["seeds"]
-    if (summary["dataset"], constants["N_EXPERIENCES"], constants["VALIDATION_SIZE"]) == PROTOCOL:
+    constants = runs[0]["constants"]
+    protocol = runs[0]["dataset"], constants["N_EXPERIENCES"], constants["VALIDATION_SIZE"]
+    if protocol == PROTOCOL:
         for (text, value), style in zip(PUBLISHED.items(), (":", "--")):
             axes.axvline(value, color="gray", linestyle=style, label=f"{text}: {value}")
         axes.legend(fontsize="small", loc="lower left")
     axes.grid(axis="x", alpha=0.3)
     what = f"What each ingredient brings at {constants['ITERATIONS']} iterations"
-    axes.set_title(caption(what, summary["dataset"], seeds, constants, summary["notice"]))
+    axes.set_title(title(what, runs))
     return figure

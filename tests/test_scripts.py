@@ -136,7 +136,7 @@ def test_the_experiment_and_its_results(tmp_path):
         assert result["dataset"] == "digits"
         assert result["constants"]["ITERATIONS"] == 20 and result["seconds"] > 0
         assert result["constants"]["DEVICE"] != "auto"
-        assert set(result["versions"]) == {"python", "torch", "avalanche"}
+        assert set(result["versions"]) == {"python", "torch", "torchvision", "avalanche-lib"}
     first, second = results["replay", 0], results["replay", 1]
     assert len(results) == 6 and first["accuracy_matrix"] != second["accuracy_matrix"]
     # Fine-tuning forgets, and whoever keeps everything doesn't.
