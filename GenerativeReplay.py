@@ -7,6 +7,7 @@ Run: `python GenerativeReplay.py`, or with `--help`.  This is the last of the fo
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -340,6 +341,8 @@ def processes(constants: SimpleNamespace) -> Iterator:
     from joblib import Parallel, parallel_config
 
     if constants.BACKEND == "loky":
+        # What an interruption leaves behind is cleaned up by joblib, which need not say so.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         yield Parallel(constants.N_JOBS)  # which divides the threads among the processes
         return
     try:

@@ -8,6 +8,7 @@ Run: `python Generator.py`, or with `--help`.  Next to read: TrainingInstances.p
 
 import argparse
 import ast
+import atexit
 import hashlib
 import json
 import math
@@ -582,7 +583,8 @@ def interruptible(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         text = "\ninterrupted; the same command goes on after the last experience that was finished"
         print(text, file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        atexit._run_exitfuncs()  # joblib's, which end its processes
+        os._exit(130)  # what else Python does at its end takes seconds
     except FloatingPointError as error:
         fail(f"{error}; change what makes it diverge, such as LEARNING_RATE")
 
