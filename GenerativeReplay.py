@@ -41,31 +41,21 @@ INGREDIENTS = {
 PLAIN = {name: off for step in INGREDIENTS.values() for name, off in step.items()}
 
 RULES = {
-    "STRATEGIES": (
-        lambda v: (
-            type(v) in (tuple, list)
-            and all(word in ("replay", "naive", "joint") for word in v)
-            and len(v) == len(set(v)) > 0
-        ),
-        "one or more of replay, naive, joint",
-    ),
-    "INPUT_SHIFT": (Generator.whole(0), "an integer, 0 or more"),
-    "INPUT_DROPOUT": (
-        lambda v: Generator.number(v) and 0 <= v < 1,
-        "a number from 0 to below 1",
-    ),
-    "TEMPERATURE": (lambda v: v is None or Generator.positive(v), "a positive number, or none"),
-    "ABLATION": (lambda v: type(v) is bool, "true or false"),
-    "N_JOBS": (Generator.whole(1), "a positive integer"),
-    "FORCE": (lambda v: type(v) is bool, "true or false"),
+    "STRATEGIES": Generator.several(Generator.one_of("replay", "naive", "joint")),
+    "INPUT_SHIFT": Generator.whole(0, 27),
+    "INPUT_DROPOUT": Generator.number(lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    "TEMPERATURE": Generator.none_or(Generator.POSITIVE),
+    "ABLATION": Generator.BOOLEAN,
+    "N_JOBS": Generator.whole(1),
+    "FORCE": Generator.BOOLEAN,
 }
 
 
 def main() -> None:
     """Run the experiment for each strategy and seed, then summarize."""
+    constants, images = Generator.prepare(Generator, sys.modules[__name__])
     from joblib import Parallel, delayed
 
-    constants, images = Generator.prepare(Generator, sys.modules[__name__])
     runs = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
         delayed(run)(*variant, seed, images)
         for variant in variants(constants)
