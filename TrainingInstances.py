@@ -176,7 +176,8 @@ class Annealing(LRSchedulerPlugin):
     """The learning rate falls to 0 over each experience, along a cosine, and then starts anew.
 
     SGDR (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). The optimizer starts anew as well: the
-    moments of an annealed Adam are of tiny gradients, and its first steps would be huge.
+    moments of an annealed Adam are of tiny gradients, and its first steps would be huge. They are
+    let go at the end of the experience, because images can be made out in them.
 
     :param optimizer: the strategy's optimizer.
     :param iterations: minibatches in an experience.
@@ -186,9 +187,9 @@ class Annealing(LRSchedulerPlugin):
         schedule = CosineAnnealingLR(optimizer, iterations)
         super().__init__(schedule, step_granularity="iteration")
 
-    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Forget the optimizer's moments."""
-        super().before_training_exp(strategy, **kwargs)
+    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Reset the learning rate, and forget the optimizer's moments."""
+        super().after_training_exp(strategy, **kwargs)
         strategy.optimizer.state.clear()
 
 
@@ -343,6 +344,11 @@ class ScholarTemplate(SupervisedTemplate):
             self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
         else:
             super().make_eval_dataloader(**kwargs)
+
+    def _train_cleanup(self):
+        super()._train_cleanup()
+        # The last gradient of a unit that only one image has activated is that image, scaled.
+        self.optimizer.zero_grad()
 
     def _tensor_loader(self, batch_size: int, shuffle: bool) -> TensorLoader:
         tensors = [tensor.to(self.device) for tensor in self.adapted_dataset.tensors]
