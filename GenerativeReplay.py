@@ -46,26 +46,18 @@ INGREDIENTS = {
 PLAIN = {name: off for step in INGREDIENTS.values() for name, off in step.items()}
 
 RULES = {
-    "STRATEGIES": (
-        lambda v: (
-            type(v) in (tuple, list)
-            and all(word in ("replay", "naive", "joint", "buffer") for word in v)
-            and len(v) == len(set(v)) > 0
-        ),
-        "one or more of replay, naive, joint, buffer",
+    "STRATEGIES": Generator.several(Generator.one_of("replay", "naive", "joint", "buffer")),
+    "INPUT_SHIFT": Generator.whole(0, 27),
+    "INPUT_DROPOUT": Generator.number(lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    "TEMPERATURE": Generator.none_or(Generator.POSITIVE),
+    "ABLATION": Generator.BOOLEAN,
+    "N_JOBS": Generator.whole(1),
+    "BACKEND": Generator.one_of("loky", "dask"),
+    "SCHEDULER": Generator.rule(
+        lambda v: type(v) is str and "://" in v, "an address such as tcp://host:8786"
     ),
-    "INPUT_SHIFT": (Generator.whole(0), "an integer, 0 or more"),
-    "INPUT_DROPOUT": (
-        lambda v: Generator.number(v) and 0 <= v < 1,
-        "a number from 0 to below 1",
-    ),
-    "TEMPERATURE": (lambda v: v is None or Generator.positive(v), "a positive number, or none"),
-    "ABLATION": (lambda v: type(v) is bool, "true or false"),
-    "N_JOBS": (Generator.whole(1), "a positive integer"),
-    "BACKEND": (lambda v: v in ("loky", "dask"), "loky or dask"),
-    "SCHEDULER": (lambda v: isinstance(v, str) and "://" in v, "an address like tcp://host:8786"),
-    "TENSORBOARD": (lambda v: type(v) is bool, "true or false"),
-    "SUMMARIZE": (lambda v: v is None or isinstance(v, str), "a folder of results, or none"),
+    "TENSORBOARD": Generator.BOOLEAN,
+    "SUMMARIZE": Generator.none_or(Generator.FOLDER),
 }
 
 
@@ -134,7 +126,7 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
     from figures import tables
 
     strategy = record["strategy"]
-    images = Generator.load_images(constants.DATASET, constants.DATA_DIR)
+    images = Generator.load_images(constants.DATASET, constants.DATA_DIR, constants.CHECKSUMS)
     benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
     scholar = make_scholar(images.train[0].shape[1:], constants, strategy, folder)
     memories = []

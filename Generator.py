@@ -19,12 +19,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType, SimpleNamespace
 from typing import NoReturn
 
@@ -33,6 +35,7 @@ from typing import NoReturn
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET = "auto"  # mnist; fashion; kmnist; digits (in scikit-learn); auto: mnist, else digits
 DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where the images lie, or are downloaded to
+CHECKSUMS = True  # the files there have to be the published ones; false: your own, in their format
 VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
@@ -69,70 +72,109 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def whole(minimum: int) -> Callable[[object], bool]:
-    """Rule: an integer that is at least `minimum`."""
-    return lambda value: type(value) is int and value >= minimum
+def closest(word: str, known: Iterable[str]) -> str:
+    """The end of a complaint: which of the known words may have been meant, or nothing."""
+    near = get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def number(value: object) -> bool:
-    """Rule: a number, neither NaN nor infinite."""
-    return type(value) in (int, float) and math.isfinite(value)
+# A rule says in words what a value has to be, or "" if it is.
+Rule = Callable[[object], str]
 
 
-def positive(value: object) -> bool:
-    """Rule: a number above 0."""
-    return number(value) and value > 0
+def rule(allowed: Callable[[object], bool], words: str) -> Rule:
+    """Rule: what `allowed` says."""
+    return lambda value: "" if allowed(value) else words
 
 
-def distinct(value: object) -> bool:
-    """Rule: a sequence of different integers from 0 to 2**63 - 1 (what torch takes as a seed)."""
-    return (
-        type(value) in (tuple, list)
-        and all(whole(0)(v) and v < 2**63 for v in value)
-        and len(value) == len(set(value)) > 0
-    )
+def whole(minimum: int, maximum: int = 2**63 - 1) -> Rule:
+    """Rule: an integer in this range, by default up to the largest that torch takes."""
+    words = f"{minimum} or more" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+    return rule(lambda v: type(v) is int and minimum <= v <= maximum, f"an integer, {words}")
 
 
-# What is allowed, in code and in words. The scripts check their constants before anything else.
+def number(allowed: Callable[[float], bool], words: str) -> Rule:
+    """Rule: a number, neither NaN nor infinite, of which `allowed` holds."""
+    largest = sys.float_info.max
+    return rule(lambda v: type(v) in (int, float) and abs(v) <= largest and allowed(v), words)
+
+
+def one_of(*words: str) -> Rule:
+    """Rule: one of these texts."""
+    listed = f"one of {', '.join(words)}"
+    return lambda v: "" if type(v) is str and v in words else listed + closest(str(v), words)
+
+
+def none_or(other: Rule) -> Rule:
+    """Rule: None, or what another rule says."""
+    return lambda v: "" if v is None or not other(v) else f"{other(v)}, or none"
+
+
+def several(each: Rule) -> Rule:
+    """Rule: one or more different values, each as another rule says."""
+
+    def demand(value: object) -> str:
+        values = value if type(value) in (tuple, list) else ()
+        wrong = [each(v) for v in values or [None] if each(v)]
+        if wrong:
+            return f"one or more, each {wrong[0]}"
+        repeated = [str(v) for v in values if values.count(v) > 1]
+        return f"without repetition (of {repeated[0]})" if repeated else ""
+
+    return demand
+
+
+def class_order(value: object) -> str:
+    """Rule: the classes 0 to 9, in any order."""
+    wrong = several(whole(0, 9))(value)
+    if not wrong and len(value) < 10:
+        wrong = f"complete ({', '.join(str(c) for c in range(10) if c not in value)} missing)"
+    return wrong and f"each of the classes 0 to 9 once: {wrong}"
+
+
+BOOLEAN = rule(lambda v: type(v) is bool, "true or false")
+POSITIVE = number(lambda v: v > 0, "a positive number")
+FOLDER = rule(
+    lambda v: (
+        type(v) is str and v.isprintable() and v and (os.path.isdir(v) or not os.path.exists(v))
+    ),
+    "the name of a folder",
+)
+
+# What is allowed. The scripts check their constants before anything else.
 RULES = {
-    "DATASET": (
-        lambda v: v in ("auto", "mnist", "fashion", "kmnist", "digits"),
-        "one of auto, mnist, fashion, kmnist, digits",
+    "DATASET": one_of("auto", "mnist", "fashion", "kmnist", "digits"),
+    "DATA_DIR": FOLDER,
+    "CHECKSUMS": BOOLEAN,
+    "VALIDATION_SIZE": whole(0),
+    "N_EXPERIENCES": rule(
+        lambda v: type(v) is int and v in (1, 2, 5, 10), "1, 2, 5 or 10, to divide 10 classes"
     ),
-    "DATA_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
-    "VALIDATION_SIZE": (whole(0), "a number of images, 0 or more"),
-    "N_EXPERIENCES": (lambda v: whole(1)(v) and 10 % v == 0, "1, 2, 5 or 10, to divide 10 classes"),
-    "CLASS_ORDER": (
-        lambda v: distinct(v) and sorted(v) == list(range(10)),
-        "each of the classes 0 to 9 once",
+    "CLASS_ORDER": class_order,
+    "SHUFFLE_CLASSES": BOOLEAN,
+    "SEEDS": several(whole(0)),
+    "ITERATIONS": none_or(whole(1)),
+    "BATCH_SIZE": whole(1),
+    "LEARNING_RATE": POSITIVE,
+    "ANNEAL": BOOLEAN,
+    "GENERATOR_ITERATIONS": none_or(whole(1)),
+    "GENERATOR_BATCH_SIZE": none_or(whole(1)),
+    "GENERATOR_LEARNING_RATE": none_or(POSITIVE),
+    "REPLAY_SIZE": none_or(whole(0)),
+    "INCREASING_REPLAY_SIZE": BOOLEAN,
+    "RATIO": none_or(number(lambda v: 0 <= v <= 1, "a number from 0 to 1")),
+    "HIDDEN_UNITS": whole(1),
+    "LATENT_SIZE": whole(1),
+    "KL_WEIGHT": POSITIVE,
+    "MIXTURE_COMPONENTS": whole(0),
+    # Whether it is there, torch knows (`choose_device`).
+    "DEVICE": lambda v: one_of("auto", "cpu", "cuda", "cuda:1", "mps")(
+        re.sub(r"^cuda:\d+$", "cuda", v) if type(v) is str else v
     ),
-    "SHUFFLE_CLASSES": (lambda v: type(v) is bool, "true or false"),
-    "SEEDS": (distinct, "one or more different integers, 0 or more"),
-    "ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
-    "BATCH_SIZE": (whole(1), "a positive integer"),
-    "LEARNING_RATE": (positive, "a positive number"),
-    "ANNEAL": (lambda v: type(v) is bool, "true or false"),
-    "GENERATOR_ITERATIONS": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
-    "GENERATOR_BATCH_SIZE": (lambda v: v is None or whole(1)(v), "a positive integer, or none"),
-    "GENERATOR_LEARNING_RATE": (lambda v: v is None or positive(v), "a positive number, or none"),
-    "REPLAY_SIZE": (lambda v: v is None or whole(0)(v), "an integer, 0 or more, or none"),
-    "INCREASING_REPLAY_SIZE": (lambda v: type(v) is bool, "true or false"),
-    "RATIO": (
-        lambda v: v is None or (number(v) and 0 <= v <= 1),
-        "a number from 0 to 1, or none",
-    ),
-    "HIDDEN_UNITS": (whole(1), "a positive integer"),
-    "LATENT_SIZE": (whole(1), "a positive integer"),
-    "KL_WEIGHT": (positive, "a positive number"),
-    "MIXTURE_COMPONENTS": (whole(0), "an integer, 0 or more"),
-    "DEVICE": (
-        lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v),
-        "one of auto, cpu, cuda, cuda:0, mps",
-    ),
-    "RESULTS_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
-    "FORCE": (lambda v: type(v) is bool, "true or false"),
-    "QUIET": (lambda v: type(v) is bool, "true or false"),
-    "LOAD": (lambda v: v is None or isinstance(v, str), "the folder of a run, or none"),
+    "RESULTS_DIR": FOLDER,
+    "FORCE": BOOLEAN,
+    "QUIET": BOOLEAN,
+    "LOAD": none_or(FOLDER),
 }
 
 
@@ -154,21 +196,29 @@ def read_constants(*scripts: ModuleType) -> SimpleNamespace:
     for script in scripts:
         source = Path(script.__file__).read_text(encoding="utf-8")
         comments = dict(re.findall(r"^([A-Z_]+) = .+?# (.+)$", source, re.MULTILINE))
-        for name, rule in script.RULES.items():
-            constants[name], rules[name] = vars(script)[name], rule
+        for name, demand in script.RULES.items():
+            if name not in vars(script):
+                fail(f"{name} is missing at the top of {Path(script.__file__).name}; put it back")
+            constants[name], rules[name] = vars(script)[name], demand
             shown = f"{comments.get(name, '')} ({constants[name]})".replace("%", "%%")
             option = "--" + name.lower().replace("_", "-")
             parser.add_argument(option, dest=name, nargs="*", metavar="", help=shown)
-    for name, words in vars(parser.parse_args()).items():
+    changes, unknown = parser.parse_known_args()
+    if unknown:
+        word = unknown[0].split("=")[0]
+        options = ["--" + name.lower().replace("_", "-") for name in constants]
+        meant = closest("--" + word.lstrip("-").replace("_", "-"), options)
+        fail(f"{word} is unknown{meant or '; --help lists the options'}")
+    for name, words in vars(changes).items():
         if words is not None:
             is_text = isinstance(constants[name], str)  # a folder may be called 2024
             values = words if is_text else [literal(word) for word in words]
             values = values or [True]
-            sequence = isinstance(constants[name], tuple) or len(values) > 1
+            sequence = isinstance(constants[name], (tuple, list)) or len(values) > 1
             constants[name] = tuple(values) if sequence else values[0]
-    for name, (allowed, description) in rules.items():
-        if not allowed(constants[name]):
-            fail(f"{name} is {constants[name]!r}, but has to be {description}")
+    for name, demand in rules.items():
+        if wrong := demand(constants[name]):
+            fail(f"{name} is {constants[name]!r}, but has to be {wrong}")
     return SimpleNamespace(**constants)
 
 
@@ -176,7 +226,7 @@ def literal(word: str) -> object:
     """A word of the command line as Python value: number, None, True, False, else the word."""
     try:
         return ast.literal_eval(word.title() if word.lower() in ("none", "true", "false") else word)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return word
 
 
@@ -194,62 +244,155 @@ def choose_device(name: str) -> str:
     return there[0] if name == "auto" else name
 
 
-def load_images(name: str, data_dir: str) -> SimpleNamespace:
+# The files of a data set like MNIST, where torchvision keeps them, and the MD5 of each as published
+# (unpacked). Of KMNIST only those of the packed files are known, to torchvision.
+FILES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+PUBLISHED = {
+    "mnist": ("MNIST", (
+        "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
+    )),
+    "fashion": ("FashionMNIST", (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965",
+    )),
+    "kmnist": ("KMNIST", (None, None, None, None)),
+}  # fmt: skip
+
+
+def load_images(name: str, data_dir: str, checksums: bool = True) -> SimpleNamespace:
     """Images and labels of a data set, in memory.
 
     :param name: "mnist", "fashion", "kmnist", "digits", or "auto" (MNIST, and the digits where it
         can't be had).
-    :param data_dir: folder where torchvision looks for the data, and to which it downloads it.
+    :param data_dir: folder where torchvision keeps its data, and to which it downloads it.
+    :param checksums: whether the files have to be the published ones. Those of one's own are never
+        downloaded, and `name` gets a checksum of theirs, so that results tell them apart.
     :return: `name`, resolved; `train` and `test`, pairs of images (float32 in [0, 1], shape
         (n, 1, 28, 28)) and labels (int64, shape (n,)); `iterations`, how many minibatches per
         experience suit it; `notice`, a text that belongs wherever results are shown, or "".
-    :raises SystemExit: if a data set was asked for by name and can't be had.
+    :raises SystemExit: if a data set was asked for by name and can't be had, and if a file is there
+        but not as it has to be, with one line that names it.
     """
+    name = name.partition("-")[0]  # without the checksum that an earlier call has appended
     if name == "digits":
         return load_digits()
     wanted = "mnist" if name == "auto" else name
+    folder = Path(os.path.expanduser(data_dir), PUBLISHED[wanted][0], "raw")
+    absent = [file for file in FILES if not os.path.exists(folder / file)]
     try:
-        return load_torchvision(wanted, data_dir)
-    except Exception as error:  # torchvision has no error of its own for damaged files
-        reason = str(error).split("\n")[0] or type(error).__name__
-    if name != "auto":
-        fail(
-            f"{name} can be neither read from {data_dir!r} nor downloaded ({reason}); set DATA_DIR "
-            "to the folder that holds its files, delete damaged ones, or set DATASET to 'digits'"
-        )
-    images = load_digits()
-    images.notice = "scikit-learn's 8x8 digits, NOT MNIST"
-    text = f"MNIST can't be had ({reason}). This run uses {images.notice}."
-    print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
-    return images
+        if absent and checksums:
+            download(wanted, data_dir)
+    except Exception as error:  # torchvision has no error of its own
+        reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
+        if name != "auto":
+            fail(
+                f"{folder / absent[0]} is missing and can't be downloaded ({reason}); set DATA_DIR "
+                f"to the folder that holds {PUBLISHED[wanted][0]}, or DATASET to 'digits'"
+            )
+        images = load_digits()
+        images.notice = "scikit-learn's 8x8 digits, NOT MNIST"
+        text = f"MNIST can't be had ({reason}). This run uses {images.notice}."
+        print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
+        return images
+    return load_files(wanted, folder, checksums)
 
 
-def load_torchvision(name: str, data_dir: str) -> SimpleNamespace:
-    """MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017) or Kuzushiji-MNIST (Clanuwat et
-    al. 2018), from `data_dir`, downloaded if it is not there.
+def download(name: str, data_dir: str) -> None:
+    """Let torchvision download a data set and unpack it.
 
-    :raises Exception: of whatever kind, if it can't be had or read.
+    :raises Exception: of whatever kind, if that fails.
     """
     import socket
 
     from torchvision import datasets
 
-    dataset = {
-        "mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST
-    }[name]  # fmt: skip
+    print(f"{name} is not in {data_dir!r}: downloading it", flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
     try:
-        sets = [dataset(data_dir, train=train) for train in (True, False)]
-    except RuntimeError:  # torchvision's word for "not there"
-        print(f"{dataset.__name__} is not in {data_dir!r}: downloading it", flush=True)
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
-        try:
-            dataset(data_dir, download=True)
-        finally:
-            socket.setdefaulttimeout(timeout)
-        sets = [dataset(data_dir, train=train) for train in (True, False)]
-    train, test = ((s.data.unsqueeze(1).float() / 255, s.targets) for s in sets)
+        getattr(datasets, PUBLISHED[name][0])(data_dir, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_files(name: str, folder: Path, checksums: bool) -> SimpleNamespace:
+    """MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017) or Kuzushiji-MNIST (Clanuwat et
+    al. 2018), from its four files; see `load_images`.
+    """
+    parts = []
+    for file, md5 in zip(FILES, PUBLISHED[name][1]):
+        item = (28, 28) if "images" in file else ()
+        count = 60000 if "train" in file else 10000
+        if checksums:
+            parts.append(read_idx(folder / file, item, count, md5 or unpacked_md5(folder / file)))
+        else:
+            parts.append(read_idx(folder / file, item))
+    if not checksums:
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        name = f"{name}-{digest[:8]}"
+    for i in (0, 2):
+        if len(parts[i]) != len(parts[i + 1]):
+            counts = f"{len(parts[i])} images, but {FILES[i + 1]} {len(parts[i + 1])} labels"
+            fail(f"{folder / FILES[i]} holds {counts}; they don't belong together")
+    train, test = ((x.unsqueeze(1).float() / 255, y.long()) for x, y in (parts[:2], parts[2:]))
     return SimpleNamespace(name=name, train=train, test=test, iterations=2000, notice="")
+
+
+def read_idx(path: Path, item: tuple[int, ...], count: int | None = None, md5: str | None = None):
+    """Images or labels in MNIST's format: a header of big-endian integers, a byte for each value.
+
+    :param item: shape of one of them: (28, 28) for images, () for labels.
+    :param count: how many there have to be; None: any number, in a file of one's own.
+    :param md5: what the checksum of the file has to be; None: anything.
+    :return: uint8 tensor, shape (count, *item).
+    :raises SystemExit: with code 2 and one line, if the file is not like that.
+    """
+    import numpy as np
+    import torch
+
+    kind, header = "images" if item else "labels", 8 + 4 * len(item)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        fail(f"{path} can't be read ({error.strerror}); set DATA_DIR to another folder")
+    magic, found, *size = (int.from_bytes(content[i : i + 4], "big") for i in range(0, header, 4))
+    expected = header + found * math.prod(item)
+    wrong = ""
+    if magic != 2049 + len(item):
+        wrong = f"is no file of {kind} (it begins with {content[:16]!r})"
+    elif tuple(size) != item:
+        wrong = f"holds images of {size[0]}x{size[1]} pixels, not {item[0]}x{item[1]}"
+    elif len(content) != expected:
+        wrong = f"has {len(content)} bytes, not the {expected} of {found} {kind}"
+    elif count not in (None, found):
+        wrong = f"holds {found} {kind}, not {count}"
+    elif not item and max(content[header:], default=0) > 9:
+        wrong = f"holds the label {max(content[header:])}, but the classes are 0 to 9"
+    elif md5 not in (None, hashlib.md5(content, usedforsecurity=False).hexdigest()):
+        wrong = "is not the published file (its checksum is another)"
+    if wrong:
+        remedy = "delete it, and it is downloaded again; if it is your own, set CHECKSUMS to False"
+        fail(f"{path} {wrong}; {remedy if count else 'replace it'}")
+    return torch.tensor(np.frombuffer(content, np.uint8, offset=header)).view(found, *item)
+
+
+def unpacked_md5(path: Path) -> str | None:
+    """MD5 of a file of KMNIST as it lies packed beside it, or None if it doesn't."""
+    import gzip
+
+    from torchvision.datasets import KMNIST
+    from torchvision.datasets.utils import check_integrity
+
+    packed = Path(f"{path}.gz")
+    if not packed.exists():
+        return None
+    if not check_integrity(packed, dict(KMNIST.resources)[packed.name]):
+        fail(f"{packed} is not the published file (its checksum is another); delete it")
+    return hashlib.md5(gzip.decompress(packed.read_bytes()), usedforsecurity=False).hexdigest()
 
 
 def load_digits() -> SimpleNamespace:
@@ -292,9 +435,13 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
     classes = torch.tensor(constants.CLASS_ORDER).chunk(constants.N_EXPERIENCES)
 
     def split(x, y):
+        absent = sorted(set(constants.CLASS_ORDER) - set(y.tolist()))
+        if absent:
+            fail(
+                f"class {absent[0]} is left without images to train or to test on: VALIDATION_SIZE "
+                f"is {held_out}; choose another"
+            )
         masks = [torch.isin(y, some) for some in classes]
-        if not all(map(torch.any, masks)):
-            fail(f"VALIDATION_SIZE {held_out} leaves an experience without images; change it")
         return [(x[mask], y[mask]) for mask in masks]
 
     train, test = split(*train), split(*test)
@@ -538,8 +685,15 @@ def prepare(constants: SimpleNamespace) -> SimpleNamespace:
     :return: the images, see `load_images`.
     :raises SystemExit: with code 2 and one line, if anything is not as it has to be.
     """
+    folder = Path(constants.RESULTS_DIR)
+    try:  # to write, but without leaving anything behind: what follows may still end in an error
+        while not folder.exists():
+            folder = folder.parent
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"RESULTS_DIR {constants.RESULTS_DIR!r} can't be written ({error.strerror})")
     constants.DEVICE = choose_device(constants.DEVICE)
-    images = load_images(constants.DATASET, constants.DATA_DIR)
+    images = load_images(constants.DATASET, constants.DATA_DIR, constants.CHECKSUMS)
     constants.DATASET = images.name
     constants.ITERATIONS = constants.ITERATIONS or images.iterations
     make_benchmark(images, constants)  # ends the program here if it can't be made
@@ -670,7 +824,7 @@ def look(folder: Path, constants: SimpleNamespace) -> None:
     if state["generator"] is None:
         fail(f"LOAD is {str(folder)!r}, a run without generator; choose one with replay")
     own = SimpleNamespace(**state["constants"] | {"DEVICE": device})
-    images = load_images(own.DATASET, constants.DATA_DIR)
+    images = load_images(own.DATASET, constants.DATA_DIR, own.CHECKSUMS)
     generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
     generator.load_state_dict(state["generator"])
     originals = one_of_each(images, own).to(device)

@@ -198,7 +198,8 @@ class Annealing(LRSchedulerPlugin):
     """The learning rate falls to 0 over each experience, along a cosine, and then starts anew.
 
     SGDR (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). The optimizer starts anew as well: the
-    moments of an annealed Adam are of tiny gradients, and its first steps would be huge.
+    moments of an annealed Adam are of tiny gradients, and its first steps would be huge. They are
+    let go at the end of the experience, because images can be made out in them.
 
     :param optimizer: the strategy's optimizer.
     :param iterations: minibatches in an experience.
@@ -209,7 +210,7 @@ class Annealing(LRSchedulerPlugin):
         super().__init__(schedule, step_granularity="iteration")
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Set the learning rate back, and forget the optimizer's moments."""
+        """Reset the learning rate, and forget the optimizer's moments."""
         super().after_training_exp(strategy, **kwargs)
         strategy.optimizer.state.clear()
 
@@ -480,6 +481,11 @@ class ScholarTemplate(SupervisedTemplate):
             self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
         else:
             super().make_eval_dataloader(**kwargs)
+
+    def _train_cleanup(self):
+        super()._train_cleanup()
+        # The last gradient of a unit that only one image has activated is that image, scaled.
+        self.optimizer.zero_grad()
 
     def state_dict(self) -> dict:
         """What has to survive between two experiences: model, optimizer, counters and plugins.

@@ -154,7 +154,7 @@ def faster_than_stock(repeats: int) -> list[float]:
 
     folder = os.environ.get("DATA_DIR", "data")
     constants = constants_for(1)
-    images = Generator.load_torchvision("mnist", folder)
+    images = Generator.load_images("mnist", folder)
     stream = Generator.make_benchmark(images, constants).train_stream
     constants.ITERATIONS = -(-len(stream[1].dataset) // BATCH)
     scholar = GenerativeReplay.make_scholar(SHAPE, constants)

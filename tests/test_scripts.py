@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -61,47 +60,6 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
         if line[:1].isupper() and "  # " in line:
             assert line.split("  # ")[1] in text
     assert ("--input-dropout" in text) == (script == "GenerativeReplay.py")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--batch-size", "0"], "BATCH_SIZE is 0"),
-        (["--batch-size", "many"], "BATCH_SIZE is 'many'"),
-        (["--batch-size", "1", "2"], "BATCH_SIZE is (1, 2)"),
-        (["--batch-size"], "BATCH_SIZE is True"),
-        (["--iterations", "2.5"], "ITERATIONS is 2.5"),
-        (["--replay-size", "-1"], "REPLAY_SIZE is -1"),
-        (["--learning-rate", "nan"], "LEARNING_RATE is 'nan'"),
-        (["--increasing-replay-size", "1"], "INCREASING_REPLAY_SIZE is 1"),
-        (["--ratio", "1.5"], "RATIO is 1.5"),
-        (["--dataset", "cifar"], "DATASET is 'cifar'"),
-        (["--n-experiences", "3"], "N_EXPERIENCES is 3"),
-        (["--class-order", "0", "1"], "CLASS_ORDER is (0, 1)"),
-        (["--seeds", "1", "1"], "SEEDS is (1, 1)"),
-        (["--seeds", "[0]"], "SEEDS is ([0],)"),
-        (["--seeds", str(2**64)], "SEEDS is"),
-        (["--device", "gpu"], "DEVICE is 'gpu'"),
-        (["--input-dropout", "1"], "INPUT_DROPOUT is 1"),
-        (["--input-shift", "0.5"], "INPUT_SHIFT is 0.5"),
-        (["--temperature", "0"], "TEMPERATURE is 0"),
-        (["--kl-weight", "0"], "KL_WEIGHT is 0"),
-        (["--mixture-components", "none"], "MIXTURE_COMPONENTS is None"),
-        (["--generator-iterations", "0"], "GENERATOR_ITERATIONS is 0"),
-        (["--strategies", "replay", "both"], "STRATEGIES is ('replay', 'both')"),
-        (["--strategies", "[0]"], "STRATEGIES is ([0],)"),
-        (["--strategies", "joint", "joint"], "STRATEGIES is ('joint', 'joint')"),
-        (["--n-jobs", "0"], "N_JOBS is 0"),
-        (["--ablation", "yes"], "ABLATION is 'yes'"),
-        (["--batchsize", "3"], "unrecognized arguments: --batchsize 3"),
-        (["--batch", "3"], "unrecognized arguments: --batch 3"),
-    ],
-)
-def test_a_bad_constant_gets_one_line(arguments, complaint, tmp_path):
-    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and complaint in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_constants_from_the_command_line(monkeypatch):
@@ -195,7 +153,8 @@ def test_the_generator_script_falls_back_on_the_digits_and_says_so(tmp_path):
 def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):
     done = run("Generator.py", "--dataset", "mnist", "--data-dir", "empty", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "'empty'" in done.stderr and "DATA_DIR" in done.stderr
+    assert "empty/MNIST/raw/train-images-idx3-ubyte is missing" in done.stderr
+    assert "DATA_DIR" in done.stderr
     assert not (tmp_path / "results").exists()
 
 
@@ -297,21 +256,6 @@ def test_another_order_of_classes_for_each_seed():
     orders = [Generator.for_seed(constants, seed).CLASS_ORDER for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(10))
     assert Generator.for_seed(all_constants(), 1).CLASS_ORDER == tuple(range(10))
-
-
-@pytest.mark.parametrize(("name", "folder"), [("fashion", "FashionMNIST"), ("kmnist", "KMNIST")])
-def test_the_datasets_like_mnist(name, folder, tmp_path):
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 40), ("t10k", 20)):
-        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        header = struct.pack(">iiii", 2051, count, 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = bytes(i % 10 for i in range(count))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, count) + labels)
-    images_read = Generator.load_images(name, str(tmp_path))
-    torch.testing.assert_close(images_read.test[0][:, 0] * 255, torch.tensor(images).float())
-    assert images_read.name == name and images_read.train[1].tolist() == list(range(10)) * 4
 
 
 def test_validation_images_are_never_trained_on():
