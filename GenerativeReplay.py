@@ -22,6 +22,7 @@ import Generator
 STRATEGIES = ("replay",)  # replay; naive: no replay, only fine-tuning; joint: all data so far
 INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
 INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
+REPLAY_LABELS = "solver"  # who labels replayed images: the old solver; or the generator
 TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
 N_JOBS = 1  # runs at the same time, each in a process of its own
@@ -54,6 +55,7 @@ RULES = {
         lambda v: Generator.number(v) and 0 <= v < 1,
         "a number from 0 to below 1",
     ),
+    "REPLAY_LABELS": (lambda v: v in ("solver", "generator"), "solver or generator"),
     "TEMPERATURE": (lambda v: v is None or Generator.positive(v), "a positive number, or none"),
     "ABLATION": (lambda v: type(v) is bool, "true or false"),
     "N_JOBS": (Generator.whole(1), "a positive integer"),
@@ -66,6 +68,8 @@ def main() -> None:
     from joblib import Parallel, delayed
 
     constants, images = Generator.prepare(Generator, sys.modules[__name__])
+    for _, strategy, variant in variants(constants):  # ends the program here if one can't be made
+        make_scholar(images.train[0].shape[1:], variant, replay=strategy == "replay")
     runs = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
         delayed(run)(*variant, seed, images)
         for variant in variants(constants)
@@ -78,6 +82,8 @@ def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace
     """What is to be run for each seed: its name in tables, its strategy, its constants."""
     if not constants.ABLATION:
         return [(strategy, strategy, constants) for strategy in constants.STRATEGIES]
+    if constants.GENERATOR != "vae":
+        Generator.fail("ABLATION takes the VAE apart; set GENERATOR to 'vae'")
     steps, plain = [], PLAIN
     for name in ("plain replay", *INGREDIENTS):
         plain = {k: v for k, v in plain.items() if k not in INGREDIENTS.get(name, ())}
@@ -140,7 +146,13 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay
     from torch.nn.functional import cross_entropy
     from torchvision.transforms import v2
 
-    from TrainingInstances import EvaluationOnly, GenerativeReplay, ScholarTemplate, WhileTraining
+    from TrainingInstances import (
+        EvaluationOnly,
+        GenerativeReplay,
+        ScholarTemplate,
+        WhileTraining,
+        knows_classes,
+    )
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
@@ -166,12 +178,20 @@ def make_scholar(shape: tuple[int, int, int], constants: SimpleNamespace, replay
     }
     if not replay:
         return ScholarTemplate(criterion=cross_entropy, **common)
+    generator_strategy = Generator.make_generator_strategy(shape, constants)
+    if constants.REPLAY_LABELS == "generator":
+        if not knows_classes(generator_strategy.model):
+            which = f"{constants.GENERATOR!r} (as it is here) doesn't know the class it paints"
+            Generator.fail(f"REPLAY_LABELS is 'generator', but {which}; set it to 'solver'")
+        if constants.TEMPERATURE is not None:
+            Generator.fail("REPLAY_LABELS 'generator' gives hard labels; set TEMPERATURE to none")
     return GenerativeReplay(
-        generator_strategy=Generator.make_generator_strategy(shape, constants),
+        generator_strategy=generator_strategy,
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
         temperature=constants.TEMPERATURE,
+        labels=constants.REPLAY_LABELS,
         **common,
     )
 
@@ -186,6 +206,7 @@ def remember(scholar, class_order: tuple[int, ...]):
     import torch
 
     x, seen = scholar.replay.generator.generate(1000), scholar.replay.seen_classes
+    x = x.to(scholar.device)
     with torch.no_grad():
         certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
     pictures = torch.full((len(class_order), 2, *x.shape[1:]), torch.nan)

@@ -29,6 +29,7 @@ from typing import NoReturn
 DATASET = "auto"  # mnist; fashion; kmnist; digits (in scikit-learn); auto: mnist, else digits
 DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where the images lie, or are downloaded to
 VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
+GENERATOR = "vae"  # vae; cvae: it is told the class; wgan-gp; or one of your own: see GENERATORS
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
 SHUFFLE_CLASSES = False  # another order of the classes for each seed instead
@@ -37,9 +38,9 @@ ITERATIONS = None  # minibatches per experience; none: 2000, or 300 for digits
 BATCH_SIZE = 64  # real images in a minibatch
 LEARNING_RATE = 0.002  # of Adam
 ANNEAL = True  # let it fall to 0 over each experience, along a cosine (Loshchilov & Hutter 2017)
-GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: as the solver
+GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: what suits it
 GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; none: as the solver
-GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: as the solver
+GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: what suits it
 REPLAY_SIZE = None  # replayed images added to each minibatch; none: as many as it has; 0: no replay
 INCREASING_REPLAY_SIZE = False  # double that at every further experience
 RATIO = None  # importance r of the current data, 0 to 1; none: 1/k at the k-th experience
@@ -93,6 +94,10 @@ RULES = {
     ),
     "DATA_DIR": (lambda v: isinstance(v, str) and v != "", "the name of a folder"),
     "VALIDATION_SIZE": (whole(0), "a number of images, 0 or more"),
+    "GENERATOR": (
+        lambda v: isinstance(v, str) and v in GENERATORS,
+        "one of GENERATORS: vae, cvae, wgan-gp, or your own",
+    ),
     "N_EXPERIENCES": (lambda v: whole(1)(v) and 10 % v == 0, "1, 2, 5 or 10, to divide 10 classes"),
     "CLASS_ORDER": (
         lambda v: distinct(v) and sorted(v) == list(range(10)),
@@ -259,6 +264,20 @@ def load_digits() -> SimpleNamespace:
     return SimpleNamespace(name="digits", train=train, test=test, iterations=300, notice="")
 
 
+def hold_out(images: SimpleNamespace, size: int) -> SimpleNamespace:
+    """The images with `size` training images, taken out, as test set; with size 0 as they are."""
+    import torch
+
+    if not size:
+        return images
+    # The same images in every run, whatever the seed: they must never be trained on.
+    order = torch.randperm(len(images.train[1]), generator=torch.Generator().manual_seed(0))
+    train, test = (
+        tuple(part[rows] for part in images.train) for rows in (order[size:], order[:size])
+    )
+    return SimpleNamespace(**vars(images) | {"train": train, "test": test})
+
+
 def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulative: bool = False):
     """Class-incremental stream: each experience brings the next classes, and no task identity.
 
@@ -272,21 +291,17 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
 
     from TrainingInstances import in_memory_benchmark
 
-    train, test, held_out = images.train, images.test, constants.VALIDATION_SIZE
-    if held_out:
-        # The same images in every run, whatever the seed: they must never be trained on.
-        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
-        test = [part[order[:held_out]] for part in train]
-        train = [part[order[held_out:]] for part in train]
+    images = hold_out(images, constants.VALIDATION_SIZE)
     classes = torch.tensor(constants.CLASS_ORDER).chunk(constants.N_EXPERIENCES)
 
     def split(x, y):
         masks = [torch.isin(y, some) for some in classes]
         if not all(map(torch.any, masks)):
-            fail(f"VALIDATION_SIZE {held_out} leaves an experience without images; change it")
+            size = constants.VALIDATION_SIZE
+            fail(f"VALIDATION_SIZE {size} leaves an experience without images; change it")
         return [(x[mask], y[mask]) for mask in masks]
 
-    train, test = split(*train), split(*test)
+    train, test = split(*images.train), split(*images.test)
     if cumulative:
         train = [tuple(map(torch.cat, zip(*train[: i + 1]))) for i in range(len(train))]
     return in_memory_benchmark(train, test)
@@ -295,39 +310,104 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
 def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
     """The generator as a trainable strategy, to be passed on as `generator_strategy`.
 
-    It learns with the solver's optimizer, batch size and learning rate unless the GENERATOR_...
-    constants say otherwise. To use another generator, build it here.
+    It learns with the solver's optimizer, batch size, learning rate and iterations unless another
+    suits it better or the GENERATOR_... constants say otherwise.
 
     :param shape: shape of one image, (channels, height, width).
-    :return: a `VAETraining` strategy whose `model` is a new `VAE`.
+    :return: a strategy with a new generator as `model`, the one that GENERATOR names.
     """
-    from avalanche.evaluation.metrics import loss_metrics
+    return GENERATORS[constants.GENERATOR](shape, constants)
 
+
+def make_vae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `VAE`, with mixtures if there are MIXTURE_COMPONENTS."""
     from GenerativeModel import VAE, LatentMixtures, negative_elbo
-    from TrainingInstances import EvaluationOnly, VAETraining
+    from TrainingInstances import VAETraining
 
     mixtures = None
     if constants.MIXTURE_COMPONENTS:
         classes = len(constants.CLASS_ORDER)
         mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, constants.LATENT_SIZE)
     vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE, mixtures)
-    learning_rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
-    iterations = constants.GENERATOR_ITERATIONS or constants.ITERATIONS
-    return VAETraining(
-        model=vae,
-        **training(vae, learning_rate, iterations, constants.ANNEAL),
-        criterion=partial(negative_elbo, kl_weight=constants.KL_WEIGHT),
-        train_mb_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
-        eval_mb_size=1000,
-        replay_size=constants.REPLAY_SIZE,
-        increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
-        ratio=constants.RATIO,
-        evaluator=EvaluationOnly(loss_metrics(experience=True)),
-        device=constants.DEVICE,
-    )
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT)
+    return VAETraining(model=vae, criterion=criterion, **generator_training(vae, constants))
 
 
-def training(model, learning_rate: float, iterations: int, anneal: bool) -> dict:
+def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `ConditionalVAE`."""
+    from GenerativeModel import ConditionalVAE, negative_elbo
+    from TrainingInstances import VAETraining
+
+    classes = len(constants.CLASS_ORDER)
+    cvae = ConditionalVAE(shape, classes, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT)
+    return VAETraining(model=cvae, criterion=criterion, **generator_training(cvae, constants))
+
+
+def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `WGAN` with gradient penalty, and the Adam of Gulrajani et al.'s code for MNIST.
+
+    Its iterations are the critic's: five times the solver's, so that its painter has as many.
+    """
+    from GenerativeModel import WGAN
+    from TrainingInstances import WGANTraining
+
+    wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
+    own = {"learning_rate": 1e-4, "iterations": 5 * constants.ITERATIONS, "betas": (0.5, 0.9)}
+    return WGANTraining(model=wgan, **generator_training(wgan, constants, **own))
+
+
+# What GENERATOR may be: a function from the shape of an image and the constants to a strategy. For
+# a generator of your own, add a line.
+GENERATORS = {
+    "vae": make_vae,
+    "cvae": make_cvae,
+    "wgan-gp": make_wgan,
+}
+
+
+def generator_training(
+    model,
+    constants: SimpleNamespace,
+    learning_rate: float | None = None,
+    iterations: int | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
+    """Arguments of a generator's strategy.
+
+    :param learning_rate: where GENERATOR_LEARNING_RATE is None; None: as the solver.
+    :param iterations: where GENERATOR_ITERATIONS is None; None: as the solver.
+    :param betas: of Adam.
+    """
+    from avalanche.evaluation.metrics import loss_metrics
+
+    from TrainingInstances import EvaluationOnly
+
+    return {
+        **training(
+            model,
+            constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE,
+            constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
+            constants.ANNEAL,
+            betas,
+        ),
+        "train_mb_size": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+        "eval_mb_size": 1000,
+        "replay_size": constants.REPLAY_SIZE,
+        "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
+        "ratio": constants.RATIO,
+        "evaluator": EvaluationOnly(loss_metrics(experience=True)),
+        "device": constants.DEVICE,
+    }
+
+
+def training(
+    model,
+    learning_rate: float,
+    iterations: int,
+    anneal: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
     """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
 
     :param anneal: whether the learning rate falls to 0 over each experience.
@@ -336,7 +416,7 @@ def training(model, learning_rate: float, iterations: int, anneal: bool) -> dict
 
     from TrainingInstances import Annealing
 
-    optimizer = Adam(model.parameters(), lr=learning_rate, fused=True)
+    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
     plugins = [Annealing(optimizer, iterations)] if anneal else []
     return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
 
@@ -458,7 +538,7 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
     constants = for_seed(constants, seed)
     benchmark = make_benchmark(images, constants)
     strategy = make_generator_strategy(images.train[0].shape[1:], constants)
-    vae, matrix, pictures = strategy.model, [], []
+    generator, matrix, pictures = strategy.model, [], []
     # The same test images after each experience, of all classes: also of those yet to come.
     originals = torch.cat([images.test[0][images.test[1] == c][:1] for c in constants.CLASS_ORDER])
 
@@ -466,8 +546,12 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
         strategy.train(experience)
         metrics = strategy.eval(benchmark.test_stream)
         matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-        pictures.append((vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))))
-        text = f"loss on its images {matrix[-1][len(matrix) - 1]:.1f} nats"
+        reconstructions = torch.full_like(originals, torch.nan)
+        if hasattr(generator, "reconstruct"):
+            labels = torch.tensor(constants.CLASS_ORDER, device=constants.DEVICE)
+            reconstructions = generator.reconstruct(originals.to(constants.DEVICE), labels)
+        pictures.append((generator.generate(20), reconstructions))
+        text = f"loss on its images {matrix[-1][len(matrix) - 1]:.1f}"
         report(f"generator, seed {seed}", experience, constants, text, started)
 
     samples, reconstructions = (torch.stack(kind).cpu().numpy() for kind in zip(*pictures))
@@ -495,6 +579,87 @@ def report(run: str, experience, constants: SimpleNamespace, text: str, started:
     number = f"{experience.current_experience + 1}/{constants.N_EXPERIENCES}"
     seconds = time.perf_counter() - started
     print(f"{run}: experience {number}, {text}, {seconds:.0f} s", flush=True)
+
+
+def sample_quality(images: SimpleNamespace, x, y) -> dict[str, float]:
+    """How good painted images are, as an independent classifier sees them.
+
+    The classifier is a measuring instrument alone. It is trained on the real images of all classes,
+    once in each process, and no scholar ever sees it.
+
+    :param images: real ones, from `load_images` or `hold_out`: it learns from the training set and
+        compares with the test set.
+    :param x: painted images, shape (n, C, H, W); a few thousand, in random order.
+    :param y: the class labels (int64) that the scholar gives them, shape (n,).
+    :return: "label_accuracy", the share of painted images in which the classifier sees their label;
+        "precision" and "recall", see `precision_and_recall`, in its last hidden layer.
+    """
+    import torch
+
+    key = images.name, len(images.train[1])
+    if key not in CLASSIFIERS:
+        CLASSIFIERS[key] = train_classifier(*images.train)
+    classifier, (real, _), x, y = CLASSIFIERS[key], images.test, x.cpu(), y.cpu()
+    count = min(len(x), len(real))
+    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
+    with torch.no_grad():
+        painted, real = classifier[:-1](x), classifier[:-1](real[rows])
+        right = classifier[-1](painted).argmax(1) == y
+    precision, recall = precision_and_recall(real, painted[:count])
+    return {
+        "label_accuracy": right.float().mean().item(), "precision": precision, "recall": recall
+    }  # fmt: skip
+
+
+CLASSIFIERS = {}  # those of `sample_quality`, by data set and number of training images
+
+
+def train_classifier(x, y, iterations: int = 1000):
+    """A small convolutional network, trained on 1,000 minibatches of 128 real images.
+
+    It leaves torch's random state as it is. Its last layer is the output.
+    """
+    import torch
+    from torch import nn
+
+    from TrainingInstances import FixedIterations, TensorLoader
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, channels, height, width = x.shape
+        classifier = nn.Sequential(
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * -(-height // 4) * -(-width // 4), 128), nn.ReLU(),
+            nn.Linear(128, int(y.max()) + 1),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+        for images, labels in FixedIterations(TensorLoader((x, y), 128, shuffle=True), iterations):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(classifier(images), labels).backward()
+            optimizer.step()
+    return classifier
+
+
+def precision_and_recall(real, painted, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
+
+    Around each image of one kind lies a ball that reaches to its k-th nearest neighbour of that
+    kind. Precision is the share of painted images that lie in a ball of the real ones: are they
+    realistic? Recall is the share of real ones that lie in a ball of the painted: is all painted?
+
+    :param real: features of real images, shape (n, features).
+    :param painted: features of as many painted ones, same shape.
+    """
+    import torch
+
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # exact
+
+    def share(features, others):
+        radii = distances(others, others).kthvalue(k + 1).values  # the nearest is itself
+        return (distances(features, others) <= radii).any(1).float().mean().item()
+
+    return share(painted, real), share(real, painted)
 
 
 def show_windows() -> None:
