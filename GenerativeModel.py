@@ -20,8 +20,8 @@ from torch.nn import functional as F
 class GenerativeModel(nn.Module, ABC):
     """What any generator has to offer so that a scholar can replay with it.
 
-    - `generate` paints images of the distribution that was learned so far. It is all that replay
-      calls (of a VAE with `classes` also `draw` and `decode`), on a frozen copy: it must not track
+    - `generate` paints images of the distribution that was learned so far. Replay calls it (of a
+      VAE that knows its classes also `draw` and `decode`) on a frozen copy: it must not track
       gradients, not depend on the training mode nor change it, and return float images in [0, 1].
     - `classes` says which classes `generate` can be asked for. A generator that knows them can
       label what it paints; else the old solver does.

@@ -100,10 +100,10 @@ class ReplayedData(GenerativeReplayPlugin):
         labels: str = "solver",
     ):
         if generator_strategy is not None:
-            for name in ("model", "train"):
-                if not hasattr(generator_strategy, name):
+            for what in ("model", "train(experience)"):
+                if not hasattr(generator_strategy, what.split("(")[0]):
                     kind = type(generator_strategy).__name__
-                    raise TypeError(f"generator_strategy is a {kind} without {name}")
+                    raise TypeError(f"generator_strategy is a {kind} without {what}")
             check_generator(generator_strategy.model, "generator_strategy.model", labels)
         if labels == "generator" and temperature is not None:
             raise ValueError("a generator's labels are hard: they leave no use for a temperature")
