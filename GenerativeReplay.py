@@ -24,8 +24,10 @@ import Generator
 STRATEGIES = ("replay",)  # replay; naive: only fine-tuning; joint: all data so far; buffer: below
 INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
 INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
+REPLAY_LABELS = "solver"  # who labels replayed images: the old solver; or the generator
 TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
+COMPARE_GENERATORS = False  # instead of STRATEGIES, replay with each generator, and how it paints
 N_JOBS = 1  # runs at the same time, each in a process of its own with its share of the cores
 BACKEND = "loky"  # loky: processes on this machine; dask: the workers of SCHEDULER
 SCHEDULER = "tcp://127.0.0.1:8786"  # address of a Dask scheduler
@@ -49,8 +51,10 @@ RULES = {
     "STRATEGIES": Generator.several(Generator.one_of("replay", "naive", "joint", "buffer")),
     "INPUT_SHIFT": Generator.whole(0, 27),
     "INPUT_DROPOUT": Generator.number(lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    "REPLAY_LABELS": Generator.one_of("solver", "generator"),
     "TEMPERATURE": Generator.none_or(Generator.POSITIVE),
     "ABLATION": Generator.BOOLEAN,
+    "COMPARE_GENERATORS": Generator.BOOLEAN,
     "N_JOBS": Generator.whole(1),
     "BACKEND": Generator.one_of("loky", "dask"),
     "SCHEDULER": Generator.rule(
@@ -69,27 +73,36 @@ def main() -> None:
     if constants.SUMMARIZE is not None:
         files = sorted(Path(constants.SUMMARIZE).rglob("results.json"))
         return summarize([(None, file.parent) for file in files], Path(constants.SUMMARIZE))
-    notice = Generator.prepare(constants).notice
+    images, planned = Generator.prepare(constants), variants(constants)
+    for _, strategy, own in planned:  # ends the program here if one can't be made
+        make_scholar(images.train[0].shape[1:], own, strategy)
     from joblib import delayed
 
     with processes(constants) as parallel:
         finished = parallel(
-            delayed(run)(*variant, seed, notice)
-            for variant in variants(constants)
+            delayed(run)(*variant, seed, images.notice)
+            for variant in planned
             for seed in constants.SEEDS
         )
-    summarize(finished, Path(constants.RESULTS_DIR), notice)
+    summarize(finished, Path(constants.RESULTS_DIR), images.notice)
 
 
 def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace]]:
     """What is to be run for each seed: its name in tables, its strategy, its constants."""
+
+    def changed(**changes) -> SimpleNamespace:
+        return SimpleNamespace(**vars(constants) | changes)
+
+    if constants.COMPARE_GENERATORS:
+        return [(name, "replay", changed(GENERATOR=name)) for name in Generator.GENERATORS]
     if not constants.ABLATION:
         return [(strategy, strategy, constants) for strategy in constants.STRATEGIES]
+    if constants.GENERATOR != "vae":
+        Generator.fail("ABLATION takes the VAE apart; set GENERATOR to 'vae'")
     steps, plain = [], PLAIN
     for name in ("plain replay", *INGREDIENTS):
         plain = {k: v for k, v in plain.items() if k not in INGREDIENTS.get(name, ())}
-        step = SimpleNamespace(**vars(constants) | plain)
-        steps.append((f"+ {name}" if steps else name, "replay", step))
+        steps.append((f"+ {name}" if steps else name, "replay", changed(**plain)))
     return [*steps, ("naive", "naive", constants), ("joint", "joint", constants)]
 
 
@@ -128,7 +141,8 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
     strategy = record["strategy"]
     images = Generator.load_images(constants.DATASET, constants.DATA_DIR, constants.CHECKSUMS)
     benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
-    scholar = make_scholar(images.train[0].shape[1:], constants, strategy, folder)
+    logs = folder / "tensorboard" if constants.TENSORBOARD else None
+    scholar = make_scholar(images.train[0].shape[1:], constants, strategy, logs)
     memories = []
     if state := Generator.restore(folder, constants, scholar):
         record, memories = state["record"], state["memories"]
@@ -146,7 +160,7 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
         record["seconds"] = round(time.perf_counter() - started, 1)
         if strategy == "replay":
             memories.append(remember(scholar, constants.CLASS_ORDER))
-        log_pictures(scholar, record, memories)
+        log_more(scholar, record, memories)
         Generator.save_state(folder, constants, scholar, record=record, memories=memories)
         so_far = mean(matrix[-1][: len(matrix)])
         text = f"{title}: experience {len(matrix)}/{constants.N_EXPERIENCES}, "
@@ -155,6 +169,9 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
 
     record |= {"final_accuracy": mean(matrix[-1]), "forgetting": forgetting(matrix)}
     Generator.report(constants, matrix_in_words(matrix))
+    if constants.COMPARE_GENERATORS:
+        held_out = Generator.hold_out(images, constants.VALIDATION_SIZE)
+        record["sample_quality"] = quality(scholar, held_out)
     if memories:
         Generator.write(folder / "samples.npz", {"samples": torch.stack(memories).numpy()})
     Generator.write(folder / "losses.npz", losses(scholar))
@@ -166,22 +183,33 @@ def make_scholar(
     shape: tuple[int, int, int],
     constants: SimpleNamespace,
     strategy: str = "replay",
-    folder: Path | None = None,
+    logs: Path | None = None,
 ):
     """The scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param shape: shape of one image, (channels, height, width).
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
-    :param folder: where logs for TensorBoard go.
+    :param logs: folder for those of TensorBoard; None: no logs.
     :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
         solver, its logits are one per class.
     """
-    from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics
+    from avalanche.evaluation.metrics import (
+        accuracy_metrics,
+        confusion_matrix_metrics,
+        loss_metrics,
+    )
     from torch import nn
     from torch.nn.functional import cross_entropy
     from torchvision.transforms import v2
 
-    from TrainingInstances import GenerativeReplay, ScholarTemplate, StoredImages, WhileTraining
+    from TrainingInstances import (
+        EvaluationOnly,
+        GenerativeReplay,
+        ScholarTemplate,
+        StoredImages,
+        WhileTraining,
+        knows_classes,
+    )
 
     units = constants.HIDDEN_UNITS
     solver = nn.Sequential(
@@ -195,7 +223,17 @@ def make_scholar(
         nn.Linear(units, units), nn.ReLU(),
         nn.Linear(units, len(constants.CLASS_ORDER)),
     )  # fmt: skip
-    logs = folder / "tensorboard" if constants.TENSORBOARD else None
+    metrics = [
+        accuracy_metrics(experience=True),
+        confusion_matrix_metrics(len(constants.CLASS_ORDER), stream=True, save_image=False),
+    ]
+    evaluator = EvaluationOnly(*metrics)
+    if logs is not None:
+        from avalanche.logging import TensorboardLogger
+        from avalanche.training.plugins import EvaluationPlugin
+
+        logger = TensorboardLogger(str(logs))
+        evaluator = EvaluationPlugin(*metrics, loss_metrics(minibatch=True), loggers=[logger])
     common = {
         "model": solver,
         **Generator.training(
@@ -203,30 +241,31 @@ def make_scholar(
         ),
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "evaluator": Generator.evaluator(
-            accuracy_metrics(experience=True),
-            confusion_matrix_metrics(len(constants.CLASS_ORDER), stream=True, save_image=False),
-            log_folder=logs and logs / "solver",
-        ),
+        "evaluator": evaluator,
         "device": constants.DEVICE,
     }
     if strategy in ("naive", "joint"):
         return ScholarTemplate(criterion=cross_entropy, **common)
-    generator_strategy = Generator.make_generator_strategy(
-        shape, constants, logs and logs / "generator"
-    )
+    generator_strategy = Generator.make_generator_strategy(shape, constants)
     if strategy == "buffer":
         # As many images as fit into the generator's bytes, with one byte for a pixel.
         state = generator_strategy.model.state_dict().values()
         size = sum(part.numel() * part.element_size() for part in state)
         common["plugins"].append(StoredImages(size // math.prod(shape)))
         return ScholarTemplate(criterion=cross_entropy, **common)
+    if constants.REPLAY_LABELS == "generator":
+        if not knows_classes(generator_strategy.model):
+            which = f"{constants.GENERATOR!r} (as it is here) doesn't know the class it paints"
+            Generator.fail(f"REPLAY_LABELS is 'generator', but {which}; set it to 'solver'")
+        if constants.TEMPERATURE is not None:
+            Generator.fail("REPLAY_LABELS 'generator' gives hard labels; set TEMPERATURE to none")
     return GenerativeReplay(
         generator_strategy=generator_strategy,
         replay_size=constants.REPLAY_SIZE,
         increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
         ratio=constants.RATIO,
         temperature=constants.TEMPERATURE,
+        labels=constants.REPLAY_LABELS,
         **common,
     )
 
@@ -241,6 +280,7 @@ def remember(scholar, class_order: tuple[int, ...]):
     import torch
 
     x, seen = scholar.replay.generator.generate(1000), scholar.replay.seen_classes
+    x = x.to(scholar.device)
     with torch.no_grad():
         certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
     pictures = torch.full((len(class_order), 2, *x.shape[1:]), torch.nan)
@@ -265,15 +305,29 @@ def forgetting(matrix: list[list[float]]) -> float:
     return mean(drops) if drops else 0.0
 
 
-def log_pictures(scholar, record: dict, memories: list) -> None:
-    """Log the latest confusions and samples for TensorBoard, if that is wanted."""
+def log_more(scholar, record: dict, memories: list) -> None:
+    """Log for TensorBoard, if it is wanted, what Avalanche's evaluation of the solver doesn't."""
     from figures import draw
 
-    step = len(record["accuracy_matrix"])
     for logger in scholar.evaluator.loggers:
+        step = len(record["accuracy_matrix"])
         logger.writer.add_figure("confusions", draw.confusion_matrix([record]), step)
         if memories:
             logger.writer.add_images("samples", memories[-1].nan_to_num(), step)
+        for curve in [losses(scholar)["generator"][-1]] if memories else []:
+            for iteration, loss in enumerate(curve, (step - 1) * len(curve)):
+                logger.writer.add_scalar("Loss_MB/generator", loss, iteration)
+
+
+def quality(scholar, images: SimpleNamespace) -> dict:
+    """How well the scholar paints at the end, and how many parameters its generator has."""
+    import torch
+
+    replay = scholar.replay
+    with torch.no_grad():
+        x, y = replay.paint(2000, replay.generator, scholar.model.eval())
+    parameters = sum(part.numel() for part in replay.generator.parameters())
+    return Generator.sample_quality(images, x, y) | {"parameters": parameters}
 
 
 def matrix_in_words(matrix: list[list[float]]) -> str:

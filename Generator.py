@@ -37,6 +37,7 @@ DATASET = "auto"  # mnist; fashion; kmnist; digits (in scikit-learn); auto: mnis
 DATA_DIR = os.environ.get("DATA_DIR") or "data"  # where the images lie, or are downloaded to
 CHECKSUMS = True  # the files there have to be the published ones; false: your own, in their format
 VALIDATION_SIZE = 0  # training images to test on instead of the test set, for choosing constants
+GENERATOR = "vae"  # vae; cvae: it is told the class; wgan-gp; or one of your own: see GENERATORS
 N_EXPERIENCES = 5  # experiences that the classes are divided among
 CLASS_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # order in which the classes arrive
 SHUFFLE_CLASSES = False  # another order of the classes for each seed instead
@@ -45,16 +46,16 @@ ITERATIONS = None  # minibatches per experience; none: 2000, or 300 for digits
 BATCH_SIZE = 64  # real images in a minibatch
 LEARNING_RATE = 0.002  # of Adam
 ANNEAL = True  # let it fall to 0 over each experience, along a cosine (Loshchilov & Hutter 2017)
-GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: as the solver
+GENERATOR_ITERATIONS = None  # minibatches per experience of the generator; none: what suits it
 GENERATOR_BATCH_SIZE = None  # real images in a minibatch of the generator; none: as the solver
-GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: as the solver
+GENERATOR_LEARNING_RATE = None  # of the generator's Adam; none: what suits it
 REPLAY_SIZE = None  # replayed images added to each minibatch; none: as many as it has; 0: no replay
 INCREASING_REPLAY_SIZE = False  # double that at every further experience
 RATIO = None  # importance r of the current data, 0 to 1; none: 1/k at the k-th experience
 HIDDEN_UNITS = 400  # in each of the two hidden layers of solver, encoder and decoder
-LATENT_SIZE = 32  # dimensions of the VAE's latent variable z
-KL_WEIGHT = 0.1  # β, weight of the VAE's KL term; 1: the evidence lower bound itself
-MIXTURE_COMPONENTS = 10  # Gaussians per class to draw z from, fitted afterwards; 0: z from N(0, I)
+LATENT_SIZE = None  # dimensions of the generator's latent variable z; none: 32, or 8 for cvae
+KL_WEIGHT = None  # β, weight of a VAE's KL term; 1: the lower bound itself; none: 0.1, 1 for cvae
+MIXTURE_COMPONENTS = 10  # of vae: Gaussians per class to draw z from, fitted after; 0: from N(0, I)
 DEVICE = "auto"  # cpu, cuda, cuda:1, mps; auto: the first that is there of cuda, mps, cpu
 RESULTS_DIR = "results"  # where results and figures go
 FORCE = False  # run anew what is finished already
@@ -147,6 +148,7 @@ RULES = {
     "DATA_DIR": FOLDER,
     "CHECKSUMS": BOOLEAN,
     "VALIDATION_SIZE": whole(0),
+    "GENERATOR": lambda v: one_of(*GENERATORS)(v),
     "N_EXPERIENCES": rule(
         lambda v: type(v) is int and v in (1, 2, 5, 10), "1, 2, 5 or 10, to divide 10 classes"
     ),
@@ -164,8 +166,8 @@ RULES = {
     "INCREASING_REPLAY_SIZE": BOOLEAN,
     "RATIO": none_or(number(lambda v: 0 <= v <= 1, "a number from 0 to 1")),
     "HIDDEN_UNITS": whole(1),
-    "LATENT_SIZE": whole(1),
-    "KL_WEIGHT": POSITIVE,
+    "LATENT_SIZE": none_or(whole(1)),
+    "KL_WEIGHT": none_or(POSITIVE),
     "MIXTURE_COMPONENTS": whole(0),
     # Whether it is there, torch knows (`choose_device`).
     "DEVICE": lambda v: one_of("auto", "cpu", "cuda", "cuda:1", "mps")(
@@ -413,6 +415,20 @@ def load_digits() -> SimpleNamespace:
     return SimpleNamespace(name="digits", train=train, test=test, iterations=300, notice="")
 
 
+def hold_out(images: SimpleNamespace, size: int) -> SimpleNamespace:
+    """The images with `size` training images, taken out, as test set; with size 0 as they are."""
+    import torch
+
+    if not size:
+        return images
+    # The same images in every run, whatever the seed: they must never be trained on.
+    order = torch.randperm(len(images.train[1]), generator=torch.Generator().manual_seed(0))
+    train, test = (
+        tuple(part[rows] for part in images.train) for rows in (order[size:], order[:size])
+    )
+    return SimpleNamespace(**vars(images) | {"train": train, "test": test})
+
+
 def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulative: bool = False):
     """Class-incremental stream: each experience brings the next classes, and no task identity.
 
@@ -426,12 +442,7 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
 
     from TrainingInstances import in_memory_benchmark
 
-    train, test, held_out = images.train, images.test, constants.VALIDATION_SIZE
-    if held_out:
-        # The same images in every run, whatever the seed: they must never be trained on.
-        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
-        test = [part[order[:held_out]] for part in train]
-        train = [part[order[held_out:]] for part in train]
+    images = hold_out(images, constants.VALIDATION_SIZE)
     classes = torch.tensor(constants.CLASS_ORDER).chunk(constants.N_EXPERIENCES)
 
     def split(x, y):
@@ -439,84 +450,135 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
         if absent:
             fail(
                 f"class {absent[0]} is left without images to train or to test on: VALIDATION_SIZE "
-                f"is {held_out}; choose another"
+                f"is {constants.VALIDATION_SIZE}; choose another"
             )
         masks = [torch.isin(y, some) for some in classes]
         return [(x[mask], y[mask]) for mask in masks]
 
-    train, test = split(*train), split(*test)
+    train, test = split(*images.train), split(*images.test)
     if cumulative:
         train = [tuple(map(torch.cat, zip(*train[: i + 1]))) for i in range(len(train))]
     return in_memory_benchmark(train, test)
 
 
-def make_generator_strategy(
-    shape: tuple[int, int, int], constants: SimpleNamespace, log_folder: Path | None = None
-):
+def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
     """The generator as a trainable strategy, to be passed on as `generator_strategy`.
 
-    It learns with the solver's optimizer, batch size and learning rate unless the GENERATOR_...
-    constants say otherwise. To use another generator, build it here.
+    It learns with the solver's optimizer, batch size, learning rate and iterations unless another
+    suits it better or the GENERATOR_... constants say otherwise.
 
     :param shape: shape of one image, (channels, height, width).
-    :param log_folder: for TensorBoard; None: no logs.
-    :return: a `VAETraining` strategy whose `model` is a new `VAE`.
+    :return: a strategy with a new generator as `model`, the one that GENERATOR names.
     """
-    from avalanche.evaluation.metrics import loss_metrics
+    return GENERATORS[constants.GENERATOR](shape, constants)
 
+
+def make_vae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `VAE`, with mixtures if there are MIXTURE_COMPONENTS."""
     from GenerativeModel import VAE, LatentMixtures, negative_elbo
     from TrainingInstances import VAETraining
 
-    mixtures = None
+    mixtures, latent_size = None, constants.LATENT_SIZE or 32
     if constants.MIXTURE_COMPONENTS:
         classes = len(constants.CLASS_ORDER)
-        mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, constants.LATENT_SIZE)
-    vae = VAE(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE, mixtures)
-    learning_rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
-    iterations = constants.GENERATOR_ITERATIONS or constants.ITERATIONS
-    return VAETraining(
-        model=vae,
-        **training("generator", vae, learning_rate, iterations, constants.ANNEAL),
-        criterion=partial(negative_elbo, kl_weight=constants.KL_WEIGHT),
-        train_mb_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
-        eval_mb_size=1000,
-        replay_size=constants.REPLAY_SIZE,
-        increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
-        ratio=constants.RATIO,
-        evaluator=evaluator(loss_metrics(experience=True), log_folder=log_folder),
-        device=constants.DEVICE,
-    )
+        mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, latent_size)
+    vae = VAE(shape, constants.HIDDEN_UNITS, latent_size, mixtures)
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
+    return VAETraining(model=vae, criterion=criterion, **generator_training(vae, constants))
 
 
-def training(name: str, model, learning_rate: float, iterations: int, anneal: bool) -> dict:
+def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `ConditionalVAE`. Its z comes from N(0, I), so its encodings have to keep to that."""
+    from GenerativeModel import ConditionalVAE, negative_elbo
+    from TrainingInstances import VAETraining
+
+    classes, latent_size = len(constants.CLASS_ORDER), constants.LATENT_SIZE or 8
+    cvae = ConditionalVAE(shape, classes, constants.HIDDEN_UNITS, latent_size)
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
+    return VAETraining(model=cvae, criterion=criterion, **generator_training(cvae, constants))
+
+
+def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `WGAN` with gradient penalty, and the Adam of Gulrajani et al.'s code for MNIST.
+
+    Its iterations are the critic's: five times the solver's, so that its painter has as many.
+    """
+    from GenerativeModel import WGAN
+    from TrainingInstances import WGANTraining
+
+    wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE or 32)
+    own = {"learning_rate": 1e-4, "iterations": 5 * constants.ITERATIONS, "betas": (0.5, 0.9)}
+    return WGANTraining(model=wgan, **generator_training(wgan, constants, **own))
+
+
+# What GENERATOR may be: a function from the shape of an image and the constants to a strategy. For
+# a generator of your own, add a line.
+GENERATORS = {
+    "vae": make_vae,
+    "cvae": make_cvae,
+    "wgan-gp": make_wgan,
+}
+
+
+def generator_training(
+    model,
+    constants: SimpleNamespace,
+    learning_rate: float | None = None,
+    iterations: int | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
+    """Arguments of a generator's strategy.
+
+    :param learning_rate: where GENERATOR_LEARNING_RATE is None; None: as the solver.
+    :param iterations: where GENERATOR_ITERATIONS is None; None: as the solver.
+    :param betas: of Adam.
+    """
+    from avalanche.evaluation.metrics import loss_metrics
+
+    from TrainingInstances import EvaluationOnly
+
+    return {
+        **training(
+            "generator",
+            model,
+            constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE,
+            constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
+            constants.ANNEAL,
+            betas,
+        ),
+        "train_mb_size": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+        "eval_mb_size": 1000,
+        "replay_size": constants.REPLAY_SIZE,
+        "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
+        "ratio": constants.RATIO,
+        "evaluator": EvaluationOnly(loss_metrics(experience=True)),
+        "device": constants.DEVICE,
+    }
+
+
+def training(
+    name: str,
+    model,
+    learning_rate: float,
+    iterations: int,
+    anneal: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
     """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
 
     :param name: what is trained, as the progress bar names it.
     :param anneal: whether the learning rate falls to 0 over each experience.
+    :param betas: of Adam.
     """
     from torch.optim import Adam
 
     from TrainingInstances import Annealing, Progress
 
-    optimizer = Adam(model.parameters(), lr=learning_rate, fused=True)
+    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
     # A bar on a terminal, if this is not one of several processes that would write over each other.
     visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
     plugins = [Progress(name, visible), *([Annealing(optimizer, iterations)] if anneal else [])]
     return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
-
-
-def evaluator(*metrics, log_folder: Path | None):
-    """Avalanche's evaluation plugin for some metrics; with a folder also for TensorBoard."""
-    from avalanche.evaluation.metrics import loss_metrics
-    from avalanche.logging import TensorboardLogger
-    from avalanche.training.plugins import EvaluationPlugin
-
-    from TrainingInstances import EvaluationOnly
-
-    if log_folder is None:
-        return EvaluationOnly(*metrics)
-    logger = TensorboardLogger(str(log_folder))
-    return EvaluationPlugin(*metrics, loss_metrics(minibatch=True), loggers=[logger])
 
 
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
@@ -564,12 +626,12 @@ def save_state(folder: Path, constants: SimpleNamespace, strategy, **results) ->
     """
     import torch
 
-    trainer = strategy.replay and strategy.replay.generator_strategy
+    generator = strategy.replay and strategy.replay.generator
     state = {
         "run": folder.name,
         "constants": vars(constants),
         "strategy": strategy.state_dict(),
-        "generator": trainer and trainer.model.state_dict(),  # for `look`; it is stored once
+        "generator": generator and generator.state_dict(),  # for `look`; it is stored once
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     write(folder / "state.pt", state | results)
@@ -729,6 +791,86 @@ def report(constants: SimpleNamespace, text: str) -> None:
         print(text, flush=True)
 
 
+def sample_quality(images: SimpleNamespace, x, y) -> dict[str, float]:
+    """How good painted images are, as an independent classifier sees them.
+
+    The classifier is a measuring instrument alone. It is trained on the real images of all classes,
+    once in each process, and no scholar ever sees it.
+
+    :param images: real ones, from `load_images` or `hold_out`: it learns from the training set and
+        compares with the test set.
+    :param x: painted images, shape (n, C, H, W); a few thousand, in random order.
+    :param y: the class labels (int64) that the scholar gives them, shape (n,).
+    :return: "label_accuracy", the share of painted images in which the classifier sees their label;
+        "precision" and "recall", see `precision_and_recall`, in its last hidden layer.
+    """
+    import torch
+
+    key = images.name, len(images.train[1])
+    if key not in CLASSIFIERS:
+        CLASSIFIERS[key] = train_classifier(*images.train)
+    classifier, (real, _), x, y = CLASSIFIERS[key], images.test, x.cpu(), y.cpu()
+    count = min(len(x), len(real))
+    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
+    with torch.no_grad():
+        painted, real = classifier[:-1](x), classifier[:-1](real[rows])
+        right = classifier[-1](painted).argmax(1) == y
+    precision, recall = precision_and_recall(real, painted[:count])
+    return {
+        "label_accuracy": right.float().mean().item(), "precision": precision, "recall": recall
+    }  # fmt: skip
+
+
+CLASSIFIERS = {}  # those of `sample_quality`, by data set and number of training images
+
+
+def train_classifier(x, y):
+    """A small convolutional network, trained on 1,000 minibatches of 128 real images.
+
+    It leaves torch's random state as it is. Its last layer is the output.
+    """
+    import torch
+    from torch import nn
+
+    from TrainingInstances import FixedIterations, TensorLoader
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, channels, height, width = x.shape
+        classifier = nn.Sequential(
+            nn.Conv2d(channels, 8, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16 * -(-height // 4) * -(-width // 4), 128), nn.ReLU(),
+            nn.Linear(128, int(y.max()) + 1),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+        for images, labels in FixedIterations(TensorLoader((x, y), 128, shuffle=True), 1000):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(classifier(images), labels).backward()
+            optimizer.step()
+    return classifier
+
+
+def precision_and_recall(real, painted, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
+
+    Around each image of one kind lies a ball that reaches to its k-th nearest neighbour of that
+    kind. Precision is the share of painted images that lie in a ball of the real ones: are they
+    realistic? Recall is the share of real ones that lie in a ball of the painted: is all painted?
+    In the features of a classifier precision is lenient: blur and contrast mean little to one.
+
+    :param real: features of real images, shape (n, features).
+    :param painted: features of as many painted ones, same shape.
+    """
+    import torch
+
+    def share(features, others):
+        radii = torch.cdist(others, others).kthvalue(k + 1).values  # the nearest is itself
+        return (torch.cdist(features, others) <= radii).any(1).float().mean().item()
+
+    return share(painted, real), share(real, painted)
+
+
 def interruptible(main: Callable[[], None]) -> None:
     """Run a script; when it is interrupted or its numbers go wrong, end it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -767,30 +909,34 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
         benchmark = make_benchmark(images, constants)
         strategy = make_generator_strategy(images.train[0].shape[1:], constants)
         record = run_record(constants, "generator", "generator", seed, images.notice)
-        vae, pictures = strategy.model, []
+        generator, pictures = strategy.model, []
         if state := restore(folder, constants, strategy):
             record, pictures = state["record"], state["pictures"]
             report(constants, f"{name}: goes on after experience {len(pictures)}")
         matrix = record.setdefault("loss_matrix", [])
         started = time.perf_counter() - record["seconds"]
         # The same test images each time, of all classes: also of those yet to come.
-        originals = one_of_each(images, constants)
+        originals, labels = one_of_each(images, constants)
 
         for experience in benchmark.train_stream[len(matrix) :]:
             strategy.train(experience)
             metrics = strategy.eval(benchmark.test_stream)
             matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-            both = vae.generate(20), vae.reconstruct(originals.to(constants.DEVICE))
-            pictures.append([one.cpu() for one in both])
+            reconstructions = torch.full_like(originals, torch.nan)  # what only a VAE has
+            if hasattr(generator, "reconstruct"):
+                reconstructions = generator.reconstruct(originals, labels).cpu()
+            pictures.append([generator.generate(20).cpu(), reconstructions])
             record["seconds"] = round(time.perf_counter() - started, 1)
             save_state(folder, constants, strategy, record=record, pictures=pictures)
             text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
-            text += f" {matrix[-1][len(matrix) - 1]:.1f} nats, {record['seconds']:.0f} s"
+            text += f" {matrix[-1][len(matrix) - 1]:.1f}, {record['seconds']:.0f} s"
             report(constants, text)
 
         samples, reconstructions = (torch.stack(kind).numpy() for kind in zip(*pictures))
         arrays = {
-            "samples": samples, "originals": originals.numpy(), "reconstructions": reconstructions
+            "samples": samples,
+            "originals": originals.cpu().numpy(),
+            "reconstructions": reconstructions,
         }  # fmt: skip
         write(folder / "samples.npz", arrays)
         write(folder / "generator.json", record)  # last: it is finished
@@ -799,12 +945,17 @@ def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
     print(f"{name}: {figures / f'generator-seed{seed}.png'}")
 
 
-def one_of_each(images: SimpleNamespace, constants: SimpleNamespace):
-    """The first test image of each class, in the order of the stream; shape (10, C, H, W)."""
+def one_of_each(images: SimpleNamespace, constants: SimpleNamespace) -> tuple:
+    """The first test image of each class, in the order of the stream, and their labels.
+
+    :return: images, shape (10, C, H, W), and labels, shape (10,), on the device.
+    """
     import torch
 
     x, y = images.test
-    return torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
+    pictures = torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
+    labels = torch.tensor(constants.CLASS_ORDER)
+    return pictures.to(constants.DEVICE), labels.to(constants.DEVICE)
 
 
 def look(folder: Path, constants: SimpleNamespace) -> None:
@@ -827,17 +978,18 @@ def look(folder: Path, constants: SimpleNamespace) -> None:
     images = load_images(own.DATASET, constants.DATA_DIR, own.CHECKSUMS)
     generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
     generator.load_state_dict(state["generator"])
-    originals = one_of_each(images, own).to(device)
-    with torch.no_grad():
-        # Each row goes from one class to the next, in twenty steps.
-        z = generator.encode(originals)[0][:, None]
-        share = torch.linspace(0, 1, 20, device=device)[:, None]
-        walk = generator.decode(torch.lerp(z[:-1:2], z[1::2], share).flatten(0, 1)).sigmoid()
-    arrays = {
-        "samples": generator.generate(80).unflatten(0, (-1, 20)),
-        "reconstructions": torch.stack([originals, generator.reconstruct(originals)]),
-        "walk": walk.unflatten(0, (-1, 20)),
-    }
+    arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
+    if hasattr(generator, "reconstruct"):
+        originals, labels = one_of_each(images, own)
+        with torch.no_grad():
+            # Each row goes from one class to the next, in twenty steps.
+            codes = generator.code(generator.encode(originals)[0], labels)[:, None]
+            share = torch.linspace(0, 1, 20, device=device)[:, None]
+            walk = generator.decode(torch.lerp(codes[:-1:2], codes[1::2], share).flatten(0, 1))
+        arrays["reconstructions"] = torch.stack(
+            [originals, generator.reconstruct(originals, labels)]
+        )
+        arrays["walk"] = walk.sigmoid().unflatten(0, (-1, 20))
     figure = draw.look(state["record"], {name: x.cpu().numpy() for name, x in arrays.items()})
     write_figures(folder, {"look": figure})
     print(f"samples, reconstructions and walks: {folder / 'look.png'}")

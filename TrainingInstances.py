@@ -1,8 +1,9 @@
 """The training strategies, on Avalanche's `SupervisedTemplate`.
 
 In:  a stream of experiences, a model with its optimizer.  Out: the model, trained along it.
-`VAETraining` trains the generator and `GenerativeReplay` the solver, both with generative replay:
-`ReplayedData` extends each minibatch by the past, `ScholarTemplate` weighs present against past.
+`VAETraining` or `WGANTraining` trains the generator and `GenerativeReplay` the solver, both with
+generative replay: `ReplayedData` extends each minibatch by the past, `ScholarTemplate` weighs
+present against past.
 Run: nothing; the two other scripts do.  Next to read: GenerativeReplay.py.
 """
 
@@ -42,7 +43,28 @@ from avalanche.training.storage_policy import ReservoirSamplingBuffer  # noqa: E
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
 from avalanche.training.utils import cycle  # noqa: E402
 
-from GenerativeModel import negative_elbo  # noqa: E402
+from GenerativeModel import critic_loss, negative_elbo  # noqa: E402
+
+
+def check_generator(generator: object, name: str, labels: str = "solver") -> None:
+    """See to it that a generator has what replay asks of it: the contract of `GenerativeModel`.
+
+    :param name: what to call it in an error.
+    :param labels: who labels what it paints, see `ReplayedData`.
+    :raises TypeError: if it lacks something; the message names it.
+    """
+    kind = f"{name} is a {type(generator).__name__}"
+    if not isinstance(generator, Module):
+        raise TypeError(f"{kind}, not a torch.nn.Module: replay needs a copy of all that it is")
+    if not callable(getattr(generator, "generate", None)):
+        raise TypeError(f"{kind} without generate(batch_size, condition); see GenerativeModel")
+    if labels == "generator" and not knows_classes(generator):
+        raise TypeError(f"{kind} that knows no classes (see GenerativeModel): let the solver label")
+
+
+def knows_classes(generator: Module) -> bool:
+    """Whether a generator can be asked for a class, and so label what it paints."""
+    return getattr(generator, "classes", lambda: None)() is not None
 
 
 class ReplayedData(GenerativeReplayPlugin):
@@ -50,21 +72,26 @@ class ReplayedData(GenerativeReplayPlugin):
 
     Before an experience, solver and generator are copied and frozen. In each iteration the old
     generator paints images, the old solver labels them with the classes that it has seen, and they
-    are concatenated to the current minibatch (Shin et al. 2017, arXiv 1705.08690, section 3.1).
-    After the solver's experience the generator learns it, by a plugin of its own.
+    are concatenated to the current minibatch (Shin et al. 2017, arXiv 1705.08690, section 3.1). A
+    generator that knows its classes can label instead. After the solver's experience the generator
+    learns it, by a strategy of its own.
 
     Avalanche's plugin is the base; what is overridden is where it departs from this: it
     back-propagates into the frozen generator, lets the solver choose among all classes, turns
     labels into floats, counts replayed samples in the training metrics, grows linearly instead of
     doubling (and not at all when `replay_size` is set), and knows no importance ratio.
 
-    :param generator_strategy: the strategy that trains the generator; None if the model that is
-        trained is the generator itself.
+    :param generator_strategy: what trains the generator, which is its `model`, by
+        `train(experience)`; None if the model that is trained is the generator itself.
     :param replay_size: replayed samples added to each minibatch; None: as many as it has; 0: none.
     :param increasing_replay_size: double that amount at every further experience.
     :param ratio: importance r of the current data in [0, 1]; None: 1/k at the k-th experience.
     :param temperature: T of soft targets, by which the old solver's logits are divided before the
         softmax (Hinton et al. 2015, arXiv 1503.02531, eq. 1); None: hard labels.
+    :param labels: who labels replayed images: "solver" (the old one), or "generator", which then
+        draws the labels first, each class equally often, and paints what they say.
+    :raises TypeError: if the generator or its strategy lacks something; the message names it.
+    :raises ValueError: if the generator is to give soft targets.
     """
 
     def __init__(
@@ -74,9 +101,19 @@ class ReplayedData(GenerativeReplayPlugin):
         increasing_replay_size: bool = False,
         ratio: float | None = None,
         temperature: float | None = None,
+        labels: str = "solver",
     ):
+        if generator_strategy is not None:
+            for what in ("model", "train(experience)"):
+                if not hasattr(generator_strategy, what.split("(")[0]):
+                    kind = type(generator_strategy).__name__
+                    raise TypeError(f"generator_strategy is a {kind} without {what}")
+            check_generator(generator_strategy.model, "generator_strategy.model", labels)
+        if labels == "generator" and temperature is not None:
+            raise ValueError("a generator's labels are hard: they leave no use for a temperature")
         super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
-        self.ratio, self.temperature = ratio, temperature
+        self.ratio, self.temperature, self.labels = ratio, temperature, labels
+        self.old_generator = self.old_model = None
         self.targets: Tensor | None = None  # soft targets, shape (replayed samples, classes)
         self.experiences_learned = 0
         self.seen_classes: Tensor | None = None  # sorted labels, shape (number of classes,)
@@ -102,28 +139,39 @@ class ReplayedData(GenerativeReplayPlugin):
         if amount == 0:
             return
         with torch.no_grad():
-            x = self.paint(amount).to(strategy.device)
-            # The generator's labels are for nobody: its loss doesn't read them.
-            y = strategy.mb_y.new_zeros(amount) if self.model_is_generator else self.label(x)
+            x, y = self.paint(amount, self.old_generator, self.old_model)
+        x, y = x.to(strategy.device), y.to(strategy.device)
         # Only one head and no task identity: replayed samples take the task label of the first.
         constants = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         strategy.mbatch = [
             torch.cat(pair) for pair in zip(strategy.mbatch, [x, y, *constants], strict=True)
         ]
 
-    def paint(self, amount: int) -> Tensor:
-        """Images of the past, shape (amount, C, H, W)."""
-        return self.old_generator.generate(amount)
+    def paint(self, amount: int, generator: Module, solver: Module | None) -> tuple[Tensor, Tensor]:
+        """Images of what was learned, and labels for them.
 
-    def label(self, x: Tensor) -> Tensor:
-        """Labels that the old solver gives to images, among the classes that it has seen.
+        :param generator: who paints.
+        :param solver: who labels, unless the generator does; None: nobody, the labels are all 0
+            (for a generator that knows no classes, to learn from).
+        :return: images, shape (amount, C, H, W), and class labels (int64), shape (amount,).
+        """
+        if self.labels == "generator":
+            y = generator.draw_labels(amount)
+            return generator.generate(amount, y), y
+        x = generator.generate(amount)
+        y = torch.zeros(amount, dtype=torch.int64) if solver is None else self.label(solver, x)
+        return x, y
+
+    def label(self, solver: Module, x: Tensor) -> Tensor:
+        """Labels that a solver gives to images, among the classes seen so far.
 
         With a temperature, its probabilities are left in `targets`.
 
+        :param solver: in evaluation mode.
         :param x: images, shape (batch, C, H, W).
         :return: class labels (int64), shape (batch,).
         """
-        logits = self.old_model(x)
+        logits = solver(x.to(self.seen_classes.device))
         seen = logits[:, self.seen_classes]
         if self.temperature is not None:
             self.targets = torch.zeros_like(logits)
@@ -141,21 +189,22 @@ class ReplayedData(GenerativeReplayPlugin):
 
     def state_dict(self) -> dict:
         """What has to survive between two experiences, the generator's part included."""
-        state = {
-            name: getattr(self, name)
-            for name in ("experiences_learned", "seen_classes", "untrained_solver")
-        }
-        if isinstance(self.generator_strategy, SupervisedTemplate) and not self.model_is_generator:
-            state["generator"] = self.generator_strategy.state_dict()
-        return state
+        names = "experiences_learned", "seen_classes", "untrained_solver"
+        state = {name: getattr(self, name) for name in names}
+        return state | ({"generator": keeper.state_dict()} if (keeper := self._keeper()) else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was called."""
-        for name, value in state.items():
-            if name == "generator":
-                self.generator_strategy.load_state_dict(value)
-            else:
-                setattr(self, name, value)
+        if keeper := self._keeper():
+            keeper.load_state_dict(state.pop("generator"))
+        vars(self).update(state)
+
+    def _keeper(self):
+        """Who keeps what the generator has learned: its strategy, or the generator itself."""
+        if self.model_is_generator or self.generator_strategy is None:
+            return None
+        strategy = self.generator_strategy
+        return strategy if hasattr(strategy, "state_dict") else strategy.model
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Note what was learned, let the generator learn it too, and let go of the old scholar."""
@@ -172,7 +221,7 @@ class ReplayedData(GenerativeReplayPlugin):
 
 
 class ReplayedLatents(ReplayedData):
-    """Replay for a VAE with mixtures: the new decoder learns the old one's image of each latent.
+    """Replay for a VAE that knows its classes: the new decoder learns the old one's images.
 
     A generator that learns its own samples like any other image copies them through its noise, and
     blurs a little more each time. Here the old latents are kept (the mixtures that they come from
@@ -181,17 +230,18 @@ class ReplayedLatents(ReplayedData):
     encoder follows the current experience; for replay it isn't needed any more.
     """
 
-    latents: Tensor | None = None  # those of the replayed images, shape (amount, latent_size)
+    codes: Tensor | None = None  # what the replayed images are decoded from, shape (amount, ...)
 
-    def paint(self, amount: int) -> Tensor:
-        """Images of the past, shape (amount, C, H, W); leaves their latents in `latents`."""
-        self.latents = self.old_generator.draw(amount)
-        return torch.sigmoid(self.old_generator.decode(self.latents))
+    def paint(self, amount: int, generator: Module, solver: None) -> tuple[Tensor, Tensor]:
+        """As in the base class; leaves what the images are decoded from in `codes`."""
+        self.codes = generator.draw(amount)
+        y = torch.zeros(amount, dtype=torch.int64)  # for nobody: the code knows the class
+        return torch.sigmoid(generator.decode(self.codes)), y
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again."""
         super().after_update(strategy, **kwargs)
-        self.latents = None
+        self.codes = None
 
 
 class Annealing(LRSchedulerPlugin):
@@ -438,6 +488,8 @@ class ScholarTemplate(SupervisedTemplate):
         plugins: Sequence | None = None,
         **base_kwargs,
     ):
+        if replay and replay.generator_strategy is None:
+            check_generator(base_kwargs["model"], "model", replay.labels)
         self.replay, self.iterations = replay, iterations
         super().__init__(plugins=[*(plugins or []), *([replay] if replay else [])], **base_kwargs)
 
@@ -517,16 +569,15 @@ class ScholarTemplate(SupervisedTemplate):
         return TensorLoader(tensors, batch_size, shuffle)
 
 
-class VAETraining(ScholarTemplate):
-    """Trains a VAE along a stream, each experience with replay of its own past.
+class GeneratorTraining(ScholarTemplate):
+    """Trains a generator along a stream, each experience with replay of its own past.
 
-    If the VAE draws from mixtures, they are fitted to the encodings of each experience's images at
-    its end, and replay is by latents (`ReplayedLatents`).
+    If it knows its classes, it paints each equally often, and replayed images carry their labels.
 
-    :param model: a `VAE`, or any `GenerativeModel` without mixtures whose output `criterion`
-        understands.
+    :param model: a `GenerativeModel`; its `forward` takes images and their class labels.
     :param optimizer: its optimizer.
-    :param criterion: (images, model output) -> loss of each image; the negative ELBO by default.
+    :param criterion: (images, model output) -> loss of each image.
+    :param replayed_data: the kind of replay.
     :param replay_size: see `ReplayedData`, as the next two.
     :param increasing_replay_size: ..
     :param ratio: ..
@@ -539,34 +590,59 @@ class VAETraining(ScholarTemplate):
         *,
         model: Module,
         optimizer: torch.optim.Optimizer,
-        criterion: Callable = negative_elbo,
+        criterion: Callable,
+        replayed_data: type[ReplayedData] = ReplayedData,
         replay_size: int | None = None,
         increasing_replay_size: bool = False,
         ratio: float | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = EvaluationOnly,
         **base_kwargs,
     ):
-        self.mixtures = getattr(model, "mixtures", None)
-        replay = ReplayedData if self.mixtures is None else ReplayedLatents
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            replay=replay(None, replay_size, increasing_replay_size, ratio),
+            replay=replayed_data(
+                None,
+                replay_size,
+                increasing_replay_size,
+                ratio,
+                labels="generator" if knows_classes(model) else "solver",
+            ),
             evaluator=evaluator,
             **base_kwargs,
         )
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
-        """Output of the model; replayed latents are decoded as they are."""
-        if getattr(self.replay, "latents", None) is None:
-            return super().forward()
-        return self.model(self.mb_x[: self.replay.current_size], self.replay.latents)
+        """Output of the model, which may read the labels."""
+        return self.model(self.mb_x, self.mb_y)
 
     def mean_loss(self) -> Callable[[slice], Tensor]:
-        """The mean negative ELBO over a part of the minibatch, in nats; labels play no role."""
+        """The mean loss over a part of the minibatch, as a function of the part."""
         losses = self._criterion(self.mb_x, self.mb_output)
         return lambda part: losses[part].mean()
+
+
+class VAETraining(GeneratorTraining):
+    """Trains a `VAE`; if it knows its classes, replay is by latents (`ReplayedLatents`).
+
+    If it draws from mixtures, they are fitted to the encodings of each experience's images at its
+    end. For the parameters see `GeneratorTraining`.
+    """
+
+    def __init__(self, *, model: Module, criterion: Callable = negative_elbo, **base_kwargs):
+        self.mixtures = getattr(model, "mixtures", None)
+        if knows_classes(model):
+            base_kwargs["replayed_data"] = ReplayedLatents
+        super().__init__(model=model, criterion=criterion, **base_kwargs)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Output of the model; the codes of replayed images are decoded as they are."""
+        codes = getattr(self.replay, "codes", None)
+        if codes is None:
+            return super().forward()
+        current = slice(self.replay.current_size)
+        return self.model(self.mb_x[current], self.mb_y[current], codes)
 
     def _after_training_exp(self, **kwargs):
         if self.mixtures is not None:
@@ -579,17 +655,44 @@ class VAETraining(ScholarTemplate):
         super()._after_training_exp(**kwargs)
 
 
+class WGANTraining(GeneratorTraining):
+    """Trains a `WGAN`: an objective that alternates, fitted into Avalanche's one loss and step.
+
+    An iteration is a step of the critic; every n-th is followed by a step of the painter. One
+    optimizer does for both: a parameter without gradient is left alone, with all that Adam knows
+    of it. Replayed images count as real ones, with their importance (Shin et al. 2017, section 3).
+
+    :param n_critic: steps of the critic for each of the painter (Gulrajani et al., algorithm 1).
+    :param base_kwargs: as for `GeneratorTraining`; the criterion is the critic's.
+    """
+
+    def __init__(self, *, criterion: Callable = critic_loss, n_critic: int = 5, **base_kwargs):
+        self.n_critic = n_critic
+        super().__init__(criterion=criterion, **base_kwargs)
+
+    def optimizer_step(self):
+        """The critic's, whose gradients are there; and when it is its turn, the painter's."""
+        super().optimizer_step()
+        if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
+            self.optimizer.zero_grad()
+            loss = -self.model.critic(self.model.paint(len(self.mb_x))).mean()
+            loss.backward(inputs=list(self.model.painter.parameters()))
+            super().optimizer_step()
+
+
 class GenerativeReplay(ScholarTemplate):
     """Deep Generative Replay: trains the solver, and after each experience the generator.
 
     :param model: the solver.
     :param optimizer: the solver's optimizer.
-    :param generator_strategy: the strategy that trains the generator, such as `VAETraining`.
+    :param generator_strategy: what trains the generator, such as `VAETraining`: anything that has
+        a generator as `model` and `train(experience)`, see `GenerativeModel`.
     :param criterion: (logits, labels) -> mean loss; with a temperature of the real images only.
-    :param replay_size: see `ReplayedData`, as the next three.
+    :param replay_size: see `ReplayedData`, as the next four.
     :param increasing_replay_size: ..
     :param ratio: ..
     :param temperature: ..
+    :param labels: ..
     :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
     """
 
@@ -604,6 +707,7 @@ class GenerativeReplay(ScholarTemplate):
         increasing_replay_size: bool = False,
         ratio: float | None = None,
         temperature: float | None = None,
+        labels: str = "solver",
         **base_kwargs,
     ):
         super().__init__(
@@ -611,7 +715,7 @@ class GenerativeReplay(ScholarTemplate):
             optimizer=optimizer,
             criterion=criterion,
             replay=ReplayedData(
-                generator_strategy, replay_size, increasing_replay_size, ratio, temperature
+                generator_strategy, replay_size, increasing_replay_size, ratio, temperature, labels
             ),
             **base_kwargs,
         )

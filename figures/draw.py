@@ -38,6 +38,8 @@ def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
     names = tables.by_name(runs)
     if "plain replay" in names:
         return figures | {"ablation": ablation(runs)}
+    if all("sample_quality" in run for run in runs):
+        figures["generators"] = generators(runs)
     for name, own in names.items():
         of_one = [accuracy_matrix, confusion_matrix, forgetting, losses]
         if (own[0]["folder"] / "samples.npz").exists():
@@ -266,6 +268,28 @@ def losses(runs: list[dict]) -> plt.Figure:
         axes.grid(alpha=0.3, axis="y")
     axes.set_xlabel("iterations; a line where an experience ends")
     all_axes[0, 0].set_title(title("Losses, of present and past", runs))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def generators(runs: list[dict]) -> plt.Figure:
+    """What is retained of the earlier experiences, against how well the generator paints."""
+    kinds = {
+        "label_accuracy": "images whose label\nthe classifier confirms (%)",
+        "precision": "precision of the samples (%)",
+        "recall": "recall of the samples (%)",
+    }
+    figure, all_axes = plt.subplots(1, 3, sharey=True, figsize=(WIDTH, 0.42 * WIDTH))
+    for axes, (kind, label) in zip(all_axes, kinds.items()):
+        for (name, own), colour, marker in zip(tables.by_name(runs).items(), COLOURS, MARKERS):
+            x = [100 * run["sample_quality"][kind] for run in own]
+            y = [100 * np.mean(run["accuracy_matrix"][-1][:-1]) for run in own]
+            axes.plot(x, y, marker, color=colour, label=name, alpha=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("final accuracy on the\nexperiences before the last (%)")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(title("Retention against sample quality", runs), fontsize="large")
     return figure
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 KEYS = ("final_accuracy", "forgetting", "seconds")
+QUALITY = ("label_accuracy", "precision", "recall")
 
 
 def read_runs(
@@ -65,6 +66,10 @@ def statistics(runs: list[dict]) -> dict:
             "versions": own[0]["versions"],
             "seeds": [run["seed"] for run in own],
             **{key: over_seeds([run[key] for run in own]) for key in KEYS},
+            **{
+                key: over_seeds([run["sample_quality"][key] for run in own])
+                for key in own[0].get("sample_quality", ())
+            },
         }
         for name, own in by_name(runs).items()
     }
@@ -84,6 +89,10 @@ def table(runs: list[dict]) -> str:
             both = (f"{k['mean']:.2%} ± {k['standard_error']:.2%}" for k in (accuracy, lost))
             lines.append(f"{label:{width}}" + "".join(f"{text:>17}" for text in both)
                          + f"{seconds['mean']:9.0f}")  # fmt: skip
+        if "precision" in row:
+            painted = (f"{key} {row[key]['mean']:.1%}" for key in QUALITY)
+            lines.append(f"{'':{width}}  {row['parameters']['mean']:,.0f} parameters, samples: "
+                         + ", ".join(painted))  # fmt: skip
     return "\n".join(lines)
 
 

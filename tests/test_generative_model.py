@@ -40,7 +40,7 @@ def test_kl_weight():
 
 def test_given_latents_are_decoded_as_they_are_and_cost_no_divergence(vae):
     x, z = torch.rand(5, *SHAPE), torch.randn(3, 4)
-    logits, z_mean, z_log_var = vae(x, z)
+    logits, z_mean, z_log_var = vae(x, codes=z)
     torch.testing.assert_close(logits[5:], vae.decode(z))
     assert logits.shape[0] == z_mean.shape[0] == z_log_var.shape[0] == 8
     torch.testing.assert_close(z_mean[:5], vae.encode(x)[0])

@@ -392,7 +392,7 @@ def test_latent_replay_aligns_the_new_decoder_with_the_old(stream):
 
     class Latents(SupervisedPlugin):
         def before_forward(self, strategy, **kwargs):
-            latents.append(strategy.replay.latents)
+            latents.append(strategy.replay.codes)
 
     strategy.replay.generator_strategy.plugins.append(Latents())
     strategy.train(stream[1])
