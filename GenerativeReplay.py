@@ -375,7 +375,7 @@ def summarize(
     print("\n" + tables.table(runs))
     for text in {run["notice"] for run in runs} - {""}:
         print(f"These are numbers of {text}.")
-    Generator.write(folder / "summary.json", tables.statistics(runs))
+    Generator.write(folder / "summary.json", {"results": tables.statistics(runs)})
     Generator.write(folder / "metrics.csv", tables.tidy(runs))
     Generator.write_figures(folder / "figures", draw.all_figures(runs))
     print(f"Results are in {folder}, figures in {folder / 'figures'}")

@@ -90,7 +90,7 @@ def table(runs: list[dict]) -> str:
             lines.append(f"{label:{width}}" + "".join(f"{text:>17}" for text in both)
                          + f"{seconds['mean']:9.0f}")  # fmt: skip
         if "precision" in row:
-            painted = (f"{key} {row[key]['mean']:.1%}" for key in QUALITY)
+            painted = (f"{key.replace('_', ' ')} {row[key]['mean']:.1%}" for key in QUALITY)
             lines.append(f"{'':{width}}  {row['parameters']['mean']:,.0f} parameters, samples: "
                          + ", ".join(painted))  # fmt: skip
     return "\n".join(lines)

@@ -199,11 +199,15 @@ def test_it_comes_before_anything_slow_and_leaves_no_trace(script, words, expect
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def prepare(*scripts):
+    return Generator.prepare(Generator.read_constants(*scripts))
+
+
 def test_a_device_that_is_not_there_leaves_no_trace(read, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--device", "cuda", "--dataset", "digits"])
-    line = complaint(capsys, Generator.prepare, Generator)
+    line = complaint(capsys, prepare, Generator)
     assert line.startswith("DEVICE is 'cuda', but this machine has only: ")
     assert list(tmp_path.iterdir()) == []
 
@@ -215,7 +219,7 @@ def test_a_results_folder_that_cannot_be_written(read, capsys, monkeypatch, tmp_
     monkeypatch.setattr(Generator, "TemporaryFile", no_space)  # root may write everywhere
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--dataset", "digits"])
-    line = complaint(capsys, Generator.prepare, Generator)
+    line = complaint(capsys, prepare, Generator)
     assert line.startswith("RESULTS_DIR 'results' can't be written (Permission denied)")
     assert list(tmp_path.iterdir()) == []
 

@@ -137,7 +137,7 @@ def test_the_generator_script_takes_every_generator(generator, tmp_path):
     arguments = "--dataset", "digits", "--iterations", 2, "--n-experiences", 2
     done = run("Generator.py", "--generator", generator, *arguments, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert len(list((tmp_path / "results").rglob("generator.png"))) == 1
+    assert len(list((tmp_path / "results").rglob("generator-seed0.png"))) == 1
 
 
 def test_what_suits_each_generator_unless_told_otherwise():
