@@ -314,7 +314,7 @@ def log_more(scholar, record: dict, memories: list) -> None:
         logger.writer.add_figure("confusions", draw.confusion_matrix([record]), step)
         if memories:
             logger.writer.add_images("samples", memories[-1].nan_to_num(), step)
-        for curve in [losses(scholar)["generator"][-1]] if memories else []:
+        for curve in losses(scholar).get("generator", [])[-1:]:
             for iteration, loss in enumerate(curve, (step - 1) * len(curve)):
                 logger.writer.add_scalar("Loss_MB/generator", loss, iteration)
 
@@ -349,7 +349,7 @@ def losses(scholar) -> dict:
     return {
         name: torch.stack(plugin.losses).numpy()
         for name, strategy in strategies.items()
-        for plugin in strategy.plugins
+        for plugin in getattr(strategy, "plugins", [])  # one's own may have none
         if isinstance(plugin, Progress)
     }
 
