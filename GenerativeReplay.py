@@ -367,7 +367,9 @@ def summarize(
     from figures import draw, tables
 
     try:
-        runs = tables.read_runs(finished, notice)
+        steps = "plain replay", *(f"+ {name}" for name in INGREDIENTS)
+        names = [*steps, "replay", "naive", "joint", "buffer", *Generator.GENERATORS]
+        runs = tables.read_runs(finished, names, notice)
     except (OSError, ValueError, KeyError) as error:
         Generator.fail(f"results can't be read ({error}); move damaged folders away")
     if not runs:

@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -647,13 +648,14 @@ def read_state(path: Path, device: str) -> dict:
     import torch
 
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location=device, weights_only=True)
         if state["run"] == path.parent.name:
             return state
-        reason = f"it is of {state['run']}"
+        reason = f"but of {state['run']}"
     except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-    fail(f"{path} is no checkpoint of this run ({reason:.100}); move it away to start anew")
+        reason = type(error).__name__
+    fail(f"{path} is no checkpoint of this run ({reason}); move it away to start anew")
 
 
 def restore(folder: Path, constants: SimpleNamespace, strategy) -> dict | None:
@@ -723,6 +725,7 @@ def write_figures(folder: Path, figures: dict) -> None:
     """Write figures, by name, as pictures (PNG) and as drawings (SVG); show them on a display."""
     from matplotlib import pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "the same file for the same figure"
     for name, figure in figures.items():
         for ending in ("png", "svg"):
             write(folder / f"{name}.{ending}", figure)

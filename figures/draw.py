@@ -18,7 +18,6 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "figure.max_open_warning": 0,  # many strategies have many figures
     "font.size": 9,
-    "svg.hashsalt": "",  # the same file for the same figure
 }
 # Okabe and Ito's palette, which the colour-blind can tell apart, and two more; as many as markers.
 COLOURS = (

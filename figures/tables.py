@@ -15,11 +15,12 @@ QUALITY = ("label_accuracy", "precision", "recall")
 
 
 def read_runs(
-    named_folders: list[tuple[str | None, Path]], notice: str | None = None
+    named_folders: list[tuple[str | None, Path]], order: list[str], notice: str | None = None
 ) -> list[dict]:
     """Runs from the folders that they left, those of one name together.
 
     :param named_folders: pairs of a name, or None for the one in the file, and a folder.
+    :param order: the names that are known, in the order in which they are to come.
     :param notice: replaces that in the files unless it is None.
     """
     runs = []
@@ -27,6 +28,8 @@ def read_runs(
         run = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         run |= {"name": name or run["name"], "folder": folder}
         runs.append(run if notice is None else run | {"notice": notice})
+    known = {name: place for place, name in enumerate(order)}
+    runs.sort(key=lambda run: known.get(run["name"], len(known)))
     datasets = {run["dataset"] for run in runs}
     kinds = {(run["name"], kind(run)) for run in runs}
     names = [name for name, _ in kinds]

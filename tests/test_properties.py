@@ -115,7 +115,8 @@ def tiny_scholar(case):
 
     def common(model, witness):
         count = case.iterations or 1
-        optimising = Generator.training("model", model, 0.01, count, case.anneal and case.iterations)
+        anneal = case.anneal and case.iterations
+        optimising = Generator.training("model", model, 0.01, count, anneal)
         optimising["plugins"].append(witness)
         optimising["iterations"] = case.iterations
         return {"model": model, **optimising, "train_mb_size": case.batch_size, **case.replay}

@@ -1,8 +1,6 @@
 """What happens to a run: it is killed, goes on, meets damaged files, a full disk, a second copy."""
 
-import importlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -11,12 +9,13 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
 import pytest
 import torch
-from test_scripts import OFFLINE, ROOT, run
+from test_scripts import OFFLINE, ROOT, begin, run
 
 SMALL = ("--dataset", "digits", "--hidden-units", "40", "--latent-size", "4")
 
@@ -49,47 +48,22 @@ def wait_for_line(process, text):
     raise AssertionError(process.stderr.read())
 
 
-def main(script, arguments, folder):
-    """A script as its own process runs it, but for the imports, which the fork server has made."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    module = importlib.import_module(script)
-    module.Generator.interruptible(module.main) if script != "Generator" else module.interruptible(
-        module.main
-    )
-
-
-@pytest.fixture
-def begin(tmp_path):
-    """Start a script in a new process, without the ten seconds of imports."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["GenerativeReplay", "TrainingInstances", "figures.draw"])
-
-    def begin(script, *arguments):
-        child = server.Process(target=main, args=(script, arguments, tmp_path))
-        child.start()
-        return child
-
-    return begin
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("GenerativeReplay",),
-        ("GenerativeReplay", "--anneal", "false", "--mixture-components", "0"),
-        ("GenerativeReplay", "--strategies", "buffer"),
-        ("Generator",),
+        ("GenerativeReplay.py",),
+        ("GenerativeReplay.py", "--anneal", "false", "--mixture-components", "0"),
+        ("GenerativeReplay.py", "--strategies", "buffer"),
+        ("Generator.py",),
     ],
     ids=["replay", "plain", "buffer", "generator"],
 )
-def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(arguments, begin, tmp_path):
+def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(arguments, tmp_path):
     more = *SMALL, "--iterations", 100
-    whole = begin(*arguments, *more, "--results-dir", "whole")
+    whole = begin(*arguments, *more, "--results-dir", "whole", cwd=tmp_path)
     whole.join()
     assert whole.exitcode == 0
-    killed = begin(*arguments, *more, "--results-dir", "killed")
+    killed = begin(*arguments, *more, "--results-dir", "killed", cwd=tmp_path)
     while not (states := list((tmp_path / "killed").glob("*/state.pt"))):
         time.sleep(0.01)
     time.sleep(0.1)
@@ -99,23 +73,23 @@ def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(arguments, beg
     assert not list(state.parent.glob("*.json"))
     assert len(torch.load(state, weights_only=True)["strategy"]["plugins"][0]["losses"]) < 5
     before = state.stat().st_mtime_ns
-    again = begin(*arguments, *more, "--results-dir", "killed")
+    again = begin(*arguments, *more, "--results-dir", "killed", cwd=tmp_path)
     again.join()
     assert again.exitcode == 0 and state.stat().st_mtime_ns > before
     found = numbers(tmp_path / "killed")
     assert len(found) >= 2 and found == numbers(tmp_path / "whole")
 
 
-def test_twenty_kills_at_random_moments(begin, tmp_path):
-    arguments = "GenerativeReplay", *SMALL, "--iterations", 40, "--seeds", 0, 1, 2, "--quiet"
-    begin(*arguments, "--results-dir", "warm").join()  # the fork server is ready, caches are warm
+def test_twenty_kills_at_random_moments(tmp_path):
+    arguments = "GenerativeReplay.py", *SMALL, "--iterations", 40, "--seeds", 0, 1, 2, "--quiet"
+    begin(*arguments, "--results-dir", "warm", cwd=tmp_path).join()  # caches are warm
     began = time.perf_counter()
-    whole = begin(*arguments, "--results-dir", "whole")
+    whole = begin(*arguments, "--results-dir", "whole", cwd=tmp_path)
     whole.join()
     needed, moments, survived = time.perf_counter() - began, random.Random(0), 0
     assert whole.exitcode == 0
     while survived < 20:
-        child = begin(*arguments, "--results-dir", "killed")
+        child = begin(*arguments, "--results-dir", "killed", cwd=tmp_path)
         child.join(moments.uniform(0, needed / 3))
         if child.is_alive():
             child.kill()
@@ -126,7 +100,7 @@ def test_twenty_kills_at_random_moments(begin, tmp_path):
             json.loads(path.read_text())
         for path in (tmp_path / "killed").rglob("*.pt"):
             torch.load(path, weights_only=True)
-    last = begin(*arguments, "--results-dir", "killed")
+    last = begin(*arguments, "--results-dir", "killed", cwd=tmp_path)
     last.join()
     assert last.exitcode == 0
     found = numbers(tmp_path / "killed")
@@ -192,15 +166,14 @@ def test_a_full_disk_loses_nothing(tmp_path):
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    for jobs in (1, 2):
-        full = start(
-            "GenerativeReplay.py", *arguments, "--n-jobs", jobs,
-            cwd=tmp_path, preexec_fn=small_files_only,
-        )  # fmt: skip
-        _, errors = full.communicate()
-        assert full.returncode == 2 and "state.pt can't be written" in errors, errors
-        assert "Traceback" not in errors
-        assert not list(tmp_path.rglob("*.unfinished")) and not list(tmp_path.rglob("*.pt"))
+    full = start(
+        "GenerativeReplay.py", *arguments, "--n-jobs", 2,
+        cwd=tmp_path, preexec_fn=small_files_only,
+    )  # fmt: skip
+    _, errors = full.communicate()
+    assert full.returncode == 2 and "state.pt can't be written" in errors, errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob("*.unfinished")) and not list(tmp_path.rglob("*.pt"))
     done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0 and len(list(tmp_path.rglob("results.json"))) == 2
 
@@ -311,10 +284,11 @@ def test_quiet_and_tensorboard(tmp_path):
 def test_a_terminal_gets_a_bar_and_a_file_does_not(tmp_path):
     import pty
 
-    arguments = *SMALL, "--iterations", 60, "--n-experiences", 2
+    arguments = *SMALL, "--iterations", 500, "--n-experiences", 2
     redirected = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
     assert redirected.stderr == "" and not re.search(r"[\r\x1b]", redirected.stdout)
     main, terminal = pty.openpty()
+    termios.tcsetwinsize(main, (24, 80))
     command = [sys.executable, str(ROOT / "GenerativeReplay.py"), *map(str, arguments), "--force"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **OFFLINE, "COLUMNS": "80"},
