@@ -21,7 +21,7 @@ import Generator
 # ------------------------------------------------------------------------------------------------
 # Constants of the experiment. All others, from DATASET to RESULTS_DIR, stand at the top of
 # Generator.py and are options here too: `python GenerativeReplay.py --seeds 0 1 2`.
-STRATEGIES = ("replay",)  # replay; naive: only fine-tuning; joint: all data so far; buffer: below
+STRATEGIES = ("replay",)  # replay; naive: fine-tuning; joint: all data; buffer: stored images
 INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
 INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
 REPLAY_LABELS = "solver"  # who labels replayed images: the old solver; or the generator
@@ -117,8 +117,8 @@ def run(
     """
     folder = Generator.run_folder(constants, constants.DATASET, strategy, seed)
     title = f"{name}, seed {seed}"
-    with Generator.only_process(folder, title):
-        if (folder / "results.json").exists() and not constants.FORCE:
+    with Generator.only_process(folder, title, constants.FORCE):
+        if (folder / "results.json").exists():
             Generator.report(constants, f"{title}: finished already, in {folder}")
         else:
             constants = Generator.for_seed(constants, seed)
@@ -144,7 +144,7 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
     logs = folder / "tensorboard" if constants.TENSORBOARD else None
     scholar = make_scholar(images.train[0].shape[1:], constants, strategy, logs)
     memories = []
-    if state := Generator.restore(folder, constants, scholar):
+    if state := Generator.restore(folder, scholar):
         record, memories = state["record"], state["memories"]
         learned = len(record["accuracy_matrix"])
         Generator.report(constants, f"{title}: goes on after experience {learned}")

@@ -68,183 +68,246 @@ LOAD = None  # folder of an earlier run: show its generator instead of training
 # errors in the constants shouldn't wait for them.
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with one line that says what is wrong and what to do, and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# ------------------------------------------------------------------------------------------------
+# The generator, and what it remembers
+# ------------------------------------------------------------------------------------------------
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """The end of a complaint: which of the known words may have been meant, or nothing."""
-    near = get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """The generator as a trainable strategy, to be passed on as `generator_strategy`.
+
+    It learns with the solver's optimizer, batch size, learning rate and iterations unless another
+    suits it better or the GENERATOR_... constants say otherwise.
+
+    :param shape: shape of one image, (channels, height, width).
+    :return: a strategy with a new generator as `model`, the one that GENERATOR names.
+    """
+    return GENERATORS[constants.GENERATOR](shape, constants)
 
 
-# A rule says in words what a value has to be, or "" if it is.
-Rule = Callable[[object], str]
+def make_vae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `VAE`, with mixtures if there are MIXTURE_COMPONENTS."""
+    from GenerativeModel import VAE, LatentMixtures, negative_elbo
+    from TrainingInstances import VAETraining
+
+    mixtures, latent_size = None, constants.LATENT_SIZE or 32
+    if constants.MIXTURE_COMPONENTS:
+        classes = len(constants.CLASS_ORDER)
+        mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, latent_size)
+    vae = VAE(shape, constants.HIDDEN_UNITS, latent_size, mixtures)
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
+    return VAETraining(model=vae, criterion=criterion, **generator_training(vae, constants))
 
 
-def rule(allowed: Callable[[object], bool], words: str) -> Rule:
-    """Rule: what `allowed` says."""
-    return lambda value: "" if allowed(value) else words
+def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `ConditionalVAE`. Its z comes from N(0, I), so its encodings have to keep to that."""
+    from GenerativeModel import ConditionalVAE, negative_elbo
+    from TrainingInstances import VAETraining
+
+    classes, latent_size = len(constants.CLASS_ORDER), constants.LATENT_SIZE or 8
+    cvae = ConditionalVAE(shape, classes, constants.HIDDEN_UNITS, latent_size)
+    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
+    return VAETraining(model=cvae, criterion=criterion, **generator_training(cvae, constants))
 
 
-def whole(minimum: int, maximum: int = 2**63 - 1) -> Rule:
-    """Rule: an integer in this range, by default up to the largest that torch takes."""
-    words = f"{minimum} or more" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
-    return rule(lambda v: type(v) is int and minimum <= v <= maximum, f"an integer, {words}")
+def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """A `WGAN` with gradient penalty, and Adam's betas from Gulrajani et al.'s code for MNIST.
+
+    Its iterations are the critic's: five times the solver's, so that its painter has as many. That
+    code has a hundred times more, at a thirtieth of the learning rate.
+    """
+    from GenerativeModel import WGAN
+    from TrainingInstances import WGANTraining
+
+    wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE or 32)
+    own = {"learning_rate": 3e-3, "iterations": 5 * constants.ITERATIONS, "betas": (0.5, 0.9)}
+    return WGANTraining(model=wgan, **generator_training(wgan, constants, **own))
 
 
-def number(allowed: Callable[[float], bool], words: str) -> Rule:
-    """Rule: a number, neither NaN nor infinite, of which `allowed` holds."""
-    largest = sys.float_info.max
-    return rule(lambda v: type(v) in (int, float) and abs(v) <= largest and allowed(v), words)
-
-
-def one_of(*words: str) -> Rule:
-    """Rule: one of these texts."""
-    listed = f"one of {', '.join(words)}"
-    return lambda v: "" if type(v) is str and v in words else listed + closest(str(v), words)
-
-
-def none_or(other: Rule) -> Rule:
-    """Rule: None, or what another rule says."""
-    return lambda v: "" if v is None or not other(v) else f"{other(v)}, or none"
-
-
-def several(each: Rule) -> Rule:
-    """Rule: one or more different values, each as another rule says."""
-
-    def demand(value: object) -> str:
-        values = value if type(value) in (tuple, list) else ()
-        wrong = [each(v) for v in values or [None] if each(v)]
-        if wrong:
-            return f"one or more, each {wrong[0]}"
-        repeated = [str(v) for v in values if values.count(v) > 1]
-        return f"without repetition (of {repeated[0]})" if repeated else ""
-
-    return demand
-
-
-def class_order(value: object) -> str:
-    """Rule: the classes 0 to 9, in any order."""
-    wrong = several(whole(0, 9))(value)
-    if not wrong and len(value) < 10:
-        wrong = f"complete ({', '.join(str(c) for c in range(10) if c not in value)} missing)"
-    return wrong and f"each of the classes 0 to 9 once: {wrong}"
-
-
-BOOLEAN = rule(lambda v: type(v) is bool, "true or false")
-POSITIVE = number(lambda v: v > 0, "a positive number")
-FOLDER = rule(
-    lambda v: (
-        type(v) is str and v.isprintable() and v and (os.path.isdir(v) or not os.path.exists(v))
-    ),
-    "the name of a folder",
-)
-
-# What is allowed. The scripts check their constants before anything else.
-RULES = {
-    "DATASET": one_of("auto", "mnist", "fashion", "kmnist", "digits"),
-    "DATA_DIR": FOLDER,
-    "CHECKSUMS": BOOLEAN,
-    "VALIDATION_SIZE": whole(0),
-    "GENERATOR": lambda v: one_of(*GENERATORS)(v),
-    "N_EXPERIENCES": rule(
-        lambda v: type(v) is int and v in (1, 2, 5, 10), "1, 2, 5 or 10, to divide 10 classes"
-    ),
-    "CLASS_ORDER": class_order,
-    "SHUFFLE_CLASSES": BOOLEAN,
-    "SEEDS": several(whole(0)),
-    "ITERATIONS": none_or(whole(1)),
-    "BATCH_SIZE": whole(1),
-    "LEARNING_RATE": POSITIVE,
-    "ANNEAL": BOOLEAN,
-    "GENERATOR_ITERATIONS": none_or(whole(1)),
-    "GENERATOR_BATCH_SIZE": none_or(whole(1)),
-    "GENERATOR_LEARNING_RATE": none_or(POSITIVE),
-    "REPLAY_SIZE": none_or(whole(0)),
-    "INCREASING_REPLAY_SIZE": BOOLEAN,
-    "RATIO": none_or(number(lambda v: 0 <= v <= 1, "a number from 0 to 1")),
-    "HIDDEN_UNITS": whole(1),
-    "LATENT_SIZE": none_or(whole(1)),
-    "KL_WEIGHT": none_or(POSITIVE),
-    "MIXTURE_COMPONENTS": whole(0),
-    # Whether it is there, torch knows (`choose_device`).
-    "DEVICE": lambda v: one_of("auto", "cpu", "cuda", "cuda:1", "mps")(
-        re.sub(r"^cuda:\d+$", "cuda", v) if type(v) is str else v
-    ),
-    "RESULTS_DIR": FOLDER,
-    "FORCE": BOOLEAN,
-    "QUIET": BOOLEAN,
-    "LOAD": none_or(FOLDER),
+# What GENERATOR may be: a function from the shape of an image and the constants to a strategy. For
+# a generator of your own, add a line.
+GENERATORS = {
+    "vae": make_vae,
+    "cvae": make_cvae,
+    "wgan-gp": make_wgan,
 }
 
 
-def read_constants(*scripts: ModuleType) -> SimpleNamespace:
-    """Constants of the scripts with what the command line changes, checked.
+def generator_training(
+    model,
+    constants: SimpleNamespace,
+    learning_rate: float | None = None,
+    iterations: int | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
+    """Arguments of a generator's strategy.
 
-    :param scripts: modules with constants (NAME = value  # comment) and `RULES` for them.
-    :return: the constants as attributes, by their own names.
-    :raises SystemExit: with code 2 and one line, if one of them is not allowed.
+    :param learning_rate: where GENERATOR_LEARNING_RATE is None; None: as the solver.
+    :param iterations: where GENERATOR_ITERATIONS is None; None: as the solver.
+    :param betas: of Adam.
     """
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--option value ...]",
-        description=scripts[-1].__doc__.split("\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: fail(f"{message}; --help lists the options")
-    constants, rules = {}, {}
-    for script in scripts:
-        source = Path(script.__file__).read_text(encoding="utf-8")
-        comments = dict(re.findall(r"^([A-Z_]+) = .+?# (.+)$", source, re.MULTILINE))
-        for name, demand in script.RULES.items():
-            if name not in vars(script):
-                fail(f"{name} is missing at the top of {Path(script.__file__).name}; put it back")
-            constants[name], rules[name] = vars(script)[name], demand
-            shown = f"{comments.get(name, '')} ({constants[name]})".replace("%", "%%")
-            option = "--" + name.lower().replace("_", "-")
-            parser.add_argument(option, dest=name, nargs="*", metavar="", help=shown)
-    changes, unknown = parser.parse_known_args()
-    if unknown:
-        word = unknown[0].split("=")[0]
-        options = ["--" + name.lower().replace("_", "-") for name in constants]
-        meant = closest("--" + word.lstrip("-").replace("_", "-"), options)
-        fail(f"{word} is unknown{meant or '; --help lists the options'}")
-    for name, words in vars(changes).items():
-        if words is not None:
-            is_text = isinstance(constants[name], str)  # a folder may be called 2024
-            values = words if is_text else [literal(word) for word in words]
-            values = values or [True]
-            sequence = isinstance(constants[name], (tuple, list)) or len(values) > 1
-            constants[name] = tuple(values) if sequence else values[0]
-    for name, demand in rules.items():
-        if wrong := demand(constants[name]):
-            fail(f"{name} is {constants[name]!r}, but has to be {wrong}")
-    return SimpleNamespace(**constants)
+    from avalanche.evaluation.metrics import loss_metrics
+
+    from TrainingInstances import EvaluationOnly
+
+    return {
+        **training(
+            "generator",
+            model,
+            constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE,
+            constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
+            constants.ANNEAL,
+            betas,
+        ),
+        "train_mb_size": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+        "eval_mb_size": 1000,
+        "replay_size": constants.REPLAY_SIZE,
+        "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
+        "ratio": constants.RATIO,
+        "evaluator": EvaluationOnly(loss_metrics(experience=True)),
+        "device": constants.DEVICE,
+    }
 
 
-def literal(word: str) -> object:
-    """A word of the command line as Python value: number, None, True, False, else the word."""
-    try:
-        return ast.literal_eval(word.title() if word.lower() in ("none", "true", "false") else word)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return word
+def training(
+    name: str,
+    model,
+    learning_rate: float,
+    iterations: int,
+    anneal: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict:
+    """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
+
+    :param name: what is trained, as the progress bar names it.
+    :param anneal: whether the learning rate falls to 0 over each experience.
+    :param betas: of Adam.
+    """
+    from torch.optim import Adam
+
+    from TrainingInstances import Annealing, Progress
+
+    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
+    # A bar on a terminal, if this is not one of several processes that would write over each other.
+    visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
+    plugins = [Progress(name, visible), *([Annealing(optimizer, iterations)] if anneal else [])]
+    return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
 
 
-def choose_device(name: str) -> str:
-    """Device that "auto" stands for, or `name` itself if it is there; ends the program if not."""
+def main() -> None:
+    """Train the generator alone along the stream and show what it remembers."""
+    constants = read_constants(sys.modules[__name__])
+    if constants.LOAD is not None:
+        return look(Path(constants.LOAD), constants)
+    images = prepare(constants)
+    for seed in constants.SEEDS:
+        train_along_stream(images, constants, seed)
+
+
+def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
+    """One run: train on each experience, then sample, reconstruct and evaluate."""
     import torch
 
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
-    if name != "auto" and name not in there:
-        fail(f"DEVICE is {name!r}, but this machine has only: {', '.join(there)}")
-    return there[0] if name == "auto" else name
+    from figures import draw
+
+    name, folder = f"generator, seed {seed}", run_folder(constants, images.name, "generator", seed)
+    with only_process(folder, name, constants.FORCE):
+        if (folder / "generator.json").exists():
+            return report(constants, f"{name}: finished already, in {folder}")
+        constants = for_seed(constants, seed)
+        benchmark = make_benchmark(images, constants)
+        strategy = make_generator_strategy(images.train[0].shape[1:], constants)
+        record = run_record(constants, "generator", "generator", seed, images.notice)
+        generator, pictures = strategy.model, []
+        if state := restore(folder, strategy):
+            record, pictures = state["record"], state["pictures"]
+            report(constants, f"{name}: goes on after experience {len(pictures)}")
+        matrix = record.setdefault("loss_matrix", [])
+        started = time.perf_counter() - record["seconds"]
+        # The same test images each time, of all classes: also of those yet to come.
+        originals, labels = one_of_each(images, constants)
+
+        for experience in benchmark.train_stream[len(matrix) :]:
+            strategy.train(experience)
+            metrics = strategy.eval(benchmark.test_stream)
+            matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
+            reconstructions = torch.full_like(originals, torch.nan)  # what only a VAE has
+            if hasattr(generator, "reconstruct"):
+                reconstructions = generator.reconstruct(originals, labels).cpu()
+            pictures.append([generator.generate(20).cpu(), reconstructions])
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            save_state(folder, constants, strategy, record=record, pictures=pictures)
+            text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
+            text += f" {matrix[-1][len(matrix) - 1]:.1f}, {record['seconds']:.0f} s"
+            report(constants, text)
+
+        samples, reconstructions = (torch.stack(kind).numpy() for kind in zip(*pictures))
+        arrays = {
+            "samples": samples,
+            "originals": originals.cpu().numpy(),
+            "reconstructions": reconstructions,
+        }  # fmt: skip
+        write(folder / "samples.npz", arrays)
+        write(folder / "generator.json", record)  # last: it is finished
+    figures = Path(constants.RESULTS_DIR) / "figures"
+    write_figures(figures, {f"generator-seed{seed}": draw.generator(record, arrays)})
+    print(f"{name}: {figures / f'generator-seed{seed}.png'}")
+
+
+def one_of_each(images: SimpleNamespace, constants: SimpleNamespace) -> tuple:
+    """The first test image of each class, in the order of the stream, and their labels.
+
+    :return: images, shape (10, C, H, W), and labels, shape (10,), on the device.
+    """
+    import torch
+
+    x, y = images.test
+    pictures = torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
+    labels = torch.tensor(constants.CLASS_ORDER)
+    return pictures.to(constants.DEVICE), labels.to(constants.DEVICE)
+
+
+def look(folder: Path, constants: SimpleNamespace) -> None:
+    """Show a saved generator: samples, reconstructions, and walks from one digit to another.
+
+    :param folder: what a run of either script has left.
+    :raises SystemExit: if there is no state in it.
+    """
+    import torch
+
+    from figures import draw
+
+    if not (folder / "state.pt").is_file():
+        fail(f"LOAD is {str(folder)!r}, but has to be a run's folder, with a state.pt in it")
+    device = choose_device(constants.DEVICE)
+    state = read_state(folder / "state.pt")
+    if state["generator"] is None:
+        fail(f"LOAD is {str(folder)!r}, a run without generator; choose one with replay")
+    own = SimpleNamespace(**state["constants"] | {"DEVICE": device})
+    images = load_images(own.DATASET, constants.DATA_DIR, own.CHECKSUMS)
+    generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
+    generator.load_state_dict(state["generator"])
+    arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
+    if hasattr(generator, "reconstruct"):
+        originals, labels = one_of_each(images, own)
+        with torch.no_grad():
+            # Each row goes from one class to the next, in twenty steps.
+            codes = generator.code(generator.encode(originals)[0], labels)[:, None]
+            share = torch.linspace(0, 1, 20, device=device)[:, None]
+            walk = generator.decode(torch.lerp(codes[:-1:2], codes[1::2], share).flatten(0, 1))
+        arrays["reconstructions"] = torch.stack(
+            [originals, generator.reconstruct(originals, labels)]
+        )
+        arrays["walk"] = walk.sigmoid().unflatten(0, (-1, 20))
+    figure = draw.look(state["record"], {name: x.cpu().numpy() for name, x in arrays.items()})
+    write_figures(folder, {"look": figure})
+    print(f"samples, reconstructions and walks: {folder / 'look.png'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# What follows is not the method but what both scripts need around it.
+# 1: data and stream
+# ------------------------------------------------------------------------------------------------
 
 
 # The files of a data set like MNIST, where torchvision keeps them, and the MD5 of each as published
@@ -462,125 +525,193 @@ def make_benchmark(images: SimpleNamespace, constants: SimpleNamespace, cumulati
     return in_memory_benchmark(train, test)
 
 
-def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamespace):
-    """The generator as a trainable strategy, to be passed on as `generator_strategy`.
-
-    It learns with the solver's optimizer, batch size, learning rate and iterations unless another
-    suits it better or the GENERATOR_... constants say otherwise.
-
-    :param shape: shape of one image, (channels, height, width).
-    :return: a strategy with a new generator as `model`, the one that GENERATOR names.
-    """
-    return GENERATORS[constants.GENERATOR](shape, constants)
+# ------------------------------------------------------------------------------------------------
+# 2: constants and what they may be
+# ------------------------------------------------------------------------------------------------
 
 
-def make_vae(shape: tuple[int, int, int], constants: SimpleNamespace):
-    """A `VAE`, with mixtures if there are MIXTURE_COMPONENTS."""
-    from GenerativeModel import VAE, LatentMixtures, negative_elbo
-    from TrainingInstances import VAETraining
-
-    mixtures, latent_size = None, constants.LATENT_SIZE or 32
-    if constants.MIXTURE_COMPONENTS:
-        classes = len(constants.CLASS_ORDER)
-        mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, latent_size)
-    vae = VAE(shape, constants.HIDDEN_UNITS, latent_size, mixtures)
-    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
-    return VAETraining(model=vae, criterion=criterion, **generator_training(vae, constants))
+def fail(message: str) -> NoReturn:
+    """End the program with one line that says what is wrong and what to do, and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
-    """A `ConditionalVAE`. Its z comes from N(0, I), so its encodings have to keep to that."""
-    from GenerativeModel import ConditionalVAE, negative_elbo
-    from TrainingInstances import VAETraining
-
-    classes, latent_size = len(constants.CLASS_ORDER), constants.LATENT_SIZE or 8
-    cvae = ConditionalVAE(shape, classes, constants.HIDDEN_UNITS, latent_size)
-    criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
-    return VAETraining(model=cvae, criterion=criterion, **generator_training(cvae, constants))
+def closest(word: str, known: Iterable[str]) -> str:
+    """The end of a complaint: which of the known words may have been meant, or nothing."""
+    near = get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
-    """A `WGAN` with gradient penalty, and Adam's betas from Gulrajani et al.'s code for MNIST.
-
-    Its iterations are the critic's: five times the solver's, so that its painter has as many. That
-    code has a hundred times more, at a thirtieth of the learning rate.
-    """
-    from GenerativeModel import WGAN
-    from TrainingInstances import WGANTraining
-
-    wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE or 32)
-    own = {"learning_rate": 3e-3, "iterations": 5 * constants.ITERATIONS, "betas": (0.5, 0.9)}
-    return WGANTraining(model=wgan, **generator_training(wgan, constants, **own))
+# A rule says in words what a value has to be, or "" if it is.
+Rule = Callable[[object], str]
 
 
-# What GENERATOR may be: a function from the shape of an image and the constants to a strategy. For
-# a generator of your own, add a line.
-GENERATORS = {
-    "vae": make_vae,
-    "cvae": make_cvae,
-    "wgan-gp": make_wgan,
+def rule(allowed: Callable[[object], bool], words: str) -> Rule:
+    """Rule: what `allowed` says."""
+    return lambda value: "" if allowed(value) else words
+
+
+def whole(minimum: int, maximum: int = 2**63 - 1) -> Rule:
+    """Rule: an integer in this range, by default up to the largest that torch takes."""
+    words = f"{minimum} or more" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+    return rule(lambda v: type(v) is int and minimum <= v <= maximum, f"an integer, {words}")
+
+
+def number(allowed: Callable[[float], bool], words: str) -> Rule:
+    """Rule: a number, neither NaN nor infinite, of which `allowed` holds."""
+    largest = sys.float_info.max
+    return rule(lambda v: type(v) in (int, float) and abs(v) <= largest and allowed(v), words)
+
+
+def one_of(*words: str) -> Rule:
+    """Rule: one of these texts."""
+    listed = f"one of {', '.join(words)}"
+    return lambda v: "" if type(v) is str and v in words else listed + closest(str(v), words)
+
+
+def none_or(other: Rule) -> Rule:
+    """Rule: None, or what another rule says."""
+    return lambda v: "" if v is None or not other(v) else f"{other(v)}, or none"
+
+
+def several(each: Rule) -> Rule:
+    """Rule: one or more different values, each as another rule says."""
+
+    def demand(value: object) -> str:
+        values = value if type(value) in (tuple, list) else ()
+        wrong = [each(v) for v in values or [None] if each(v)]
+        if wrong:
+            return f"one or more, each {wrong[0]}"
+        repeated = [str(v) for v in values if values.count(v) > 1]
+        return f"without repetition (of {repeated[0]})" if repeated else ""
+
+    return demand
+
+
+def class_order(value: object) -> str:
+    """Rule: the classes 0 to 9, in any order."""
+    wrong = several(whole(0, 9))(value)
+    if not wrong and len(value) < 10:
+        wrong = f"complete ({', '.join(str(c) for c in range(10) if c not in value)} missing)"
+    return wrong and f"each of the classes 0 to 9 once: {wrong}"
+
+
+BOOLEAN = rule(lambda v: type(v) is bool, "true or false")
+POSITIVE = number(lambda v: v > 0, "a positive number")
+FOLDER = rule(
+    lambda v: (
+        type(v) is str and v.isprintable() and v and (os.path.isdir(v) or not os.path.exists(v))
+    ),
+    "the name of a folder",
+)
+
+# What is allowed. The scripts check their constants before anything else.
+RULES = {
+    "DATASET": one_of("auto", "mnist", "fashion", "kmnist", "digits"),
+    "DATA_DIR": FOLDER,
+    "CHECKSUMS": BOOLEAN,
+    "VALIDATION_SIZE": whole(0),
+    "GENERATOR": lambda v: one_of(*GENERATORS)(v),
+    "N_EXPERIENCES": rule(
+        lambda v: type(v) is int and v in (1, 2, 5, 10), "1, 2, 5 or 10, to divide 10 classes"
+    ),
+    "CLASS_ORDER": class_order,
+    "SHUFFLE_CLASSES": BOOLEAN,
+    "SEEDS": several(whole(0)),
+    "ITERATIONS": none_or(whole(1)),
+    "BATCH_SIZE": whole(1),
+    "LEARNING_RATE": POSITIVE,
+    "ANNEAL": BOOLEAN,
+    "GENERATOR_ITERATIONS": none_or(whole(1)),
+    "GENERATOR_BATCH_SIZE": none_or(whole(1)),
+    "GENERATOR_LEARNING_RATE": none_or(POSITIVE),
+    "REPLAY_SIZE": none_or(whole(0)),
+    "INCREASING_REPLAY_SIZE": BOOLEAN,
+    "RATIO": none_or(number(lambda v: 0 <= v <= 1, "a number from 0 to 1")),
+    "HIDDEN_UNITS": whole(1),
+    "LATENT_SIZE": none_or(whole(1)),
+    "KL_WEIGHT": none_or(POSITIVE),
+    "MIXTURE_COMPONENTS": whole(0),
+    # Whether it is there, torch knows (`choose_device`).
+    "DEVICE": lambda v: one_of("auto", "cpu", "cuda", "cuda:1", "mps")(
+        re.sub(r"^cuda:\d+$", "cuda", v) if type(v) is str else v
+    ),
+    "RESULTS_DIR": FOLDER,
+    "FORCE": BOOLEAN,
+    "QUIET": BOOLEAN,
+    "LOAD": none_or(FOLDER),
 }
 
 
-def generator_training(
-    model,
-    constants: SimpleNamespace,
-    learning_rate: float | None = None,
-    iterations: int | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> dict:
-    """Arguments of a generator's strategy.
+def read_constants(*scripts: ModuleType) -> SimpleNamespace:
+    """Constants of the scripts with what the command line changes, checked.
 
-    :param learning_rate: where GENERATOR_LEARNING_RATE is None; None: as the solver.
-    :param iterations: where GENERATOR_ITERATIONS is None; None: as the solver.
-    :param betas: of Adam.
+    :param scripts: modules with constants (NAME = value  # comment) and `RULES` for them.
+    :return: the constants as attributes, by their own names.
+    :raises SystemExit: with code 2 and one line, if one of them is not allowed.
     """
-    from avalanche.evaluation.metrics import loss_metrics
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option value ...]",
+        description=scripts[-1].__doc__.split("\n")[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: fail(f"{message}; --help lists the options")
+    constants, rules = {}, {}
+    for script in scripts:
+        source = Path(script.__file__).read_text(encoding="utf-8")
+        comments = dict(re.findall(r"^([A-Z_]+) = .+?# (.+)$", source, re.MULTILINE))
+        for name, demand in script.RULES.items():
+            if name not in vars(script):
+                fail(f"{name} is missing at the top of {Path(script.__file__).name}; put it back")
+            constants[name], rules[name] = vars(script)[name], demand
+            shown = f"{comments.get(name, '')} ({constants[name]})".replace("%", "%%")
+            option = "--" + name.lower().replace("_", "-")
+            parser.add_argument(option, dest=name, nargs="*", metavar="", help=shown)
+    changes, unknown = parser.parse_known_args()
+    if unknown:
+        word = unknown[0].split("=")[0]
+        options = ["--" + name.lower().replace("_", "-") for name in constants]
+        meant = closest("--" + word.lstrip("-").replace("_", "-"), options)
+        fail(f"{word} is unknown{meant or '; --help lists the options'}")
+    for name, words in vars(changes).items():
+        if words is not None:
+            is_text = isinstance(constants[name], str)  # a folder may be called 2024
+            values = words if is_text else [literal(word) for word in words]
+            values = values or [True]
+            sequence = isinstance(constants[name], (tuple, list)) or len(values) > 1
+            constants[name] = tuple(values) if sequence else values[0]
+    for name, demand in rules.items():
+        if wrong := demand(constants[name]):
+            fail(f"{name} is {constants[name]!r}, but has to be {wrong}")
+    return SimpleNamespace(**constants)
 
-    from TrainingInstances import EvaluationOnly
 
-    return {
-        **training(
-            "generator",
-            model,
-            constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE,
-            constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
-            constants.ANNEAL,
-            betas,
-        ),
-        "train_mb_size": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
-        "eval_mb_size": 1000,
-        "replay_size": constants.REPLAY_SIZE,
-        "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
-        "ratio": constants.RATIO,
-        "evaluator": EvaluationOnly(loss_metrics(experience=True)),
-        "device": constants.DEVICE,
-    }
+def literal(word: str) -> object:
+    """A word of the command line as Python value: number, None, True, False, else the word."""
+    try:
+        return ast.literal_eval(word.title() if word.lower() in ("none", "true", "false") else word)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return word
 
 
-def training(
-    name: str,
-    model,
-    learning_rate: float,
-    iterations: int,
-    anneal: bool,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> dict:
-    """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
+def choose_device(name: str) -> str:
+    """Device that "auto" stands for, or `name` itself if it is there; ends the program if not."""
+    import torch
 
-    :param name: what is trained, as the progress bar names it.
-    :param anneal: whether the learning rate falls to 0 over each experience.
-    :param betas: of Adam.
-    """
-    from torch.optim import Adam
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
+    if name != "auto" and name not in there:
+        fail(f"DEVICE is {name!r}, but this machine has only: {', '.join(there)}")
+    return there[0] if name == "auto" else name
 
-    from TrainingInstances import Annealing, Progress
 
-    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
-    # A bar on a terminal, if this is not one of several processes that would write over each other.
-    visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
-    plugins = [Progress(name, visible), *([Annealing(optimizer, iterations)] if anneal else [])]
-    return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
+# ------------------------------------------------------------------------------------------------
+# 3: runs, and the files that they leave
+# ------------------------------------------------------------------------------------------------
 
 
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
@@ -604,8 +735,12 @@ def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: in
 
 
 @contextmanager
-def only_process(folder: Path, name: str) -> Iterator[None]:
-    """Make a run's folder, and wait until no other process works in it."""
+def only_process(folder: Path, name: str, anew: bool = False) -> Iterator[None]:
+    """Make a run's folder, and wait until no other process works in it.
+
+    :param anew: whether to forget what an earlier run has left there.
+    :raises SystemExit: if a loss in there is infinite or not a number.
+    """
     from filelock import FileLock, Timeout
 
     make_folder(folder)
@@ -616,7 +751,13 @@ def only_process(folder: Path, name: str) -> Iterator[None]:
         print(f"{name}: another process is at it, waiting for that", flush=True)
         lock.acquire()
     try:
+        for file in ("results.json", "generator.json", "state.pt") if anew else ():
+            (folder / file).unlink(missing_ok=True)
         yield
+    except FloatingPointError as error:
+        state = folder / "state.pt"
+        last = f"its last good state is {state}" if state.exists() else "it has no good state yet"
+        fail(f"{name}: {error} ({last}); change what makes it diverge, such as LEARNING_RATE")
     finally:
         lock.release()
 
@@ -639,18 +780,17 @@ def save_state(folder: Path, constants: SimpleNamespace, strategy, **results) ->
     write(folder / "state.pt", state | results)
 
 
-def read_state(path: Path, device: str) -> dict:
-    """What `save_state` has written.
+def read_state(path: Path) -> dict:
+    """What `save_state` has written, with all tensors on the CPU.
 
-    :param device: where its tensors go.
     :raises SystemExit: if the file is not what it should be.
     """
     import torch
 
     try:
         with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location=device, weights_only=True)
-        if state["run"] == path.parent.name:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["run"] == path.resolve().parent.name:
             return state
         reason = f"but of {state['run']}"
     except Exception as error:  # a damaged file can raise anything
@@ -658,21 +798,21 @@ def read_state(path: Path, device: str) -> dict:
     fail(f"{path} is no checkpoint of this run ({reason}); move it away to start anew")
 
 
-def restore(folder: Path, constants: SimpleNamespace, strategy) -> dict | None:
+def restore(folder: Path, strategy) -> dict | None:
     """Bring a new strategy, and torch's random numbers, to where an interrupted run has left off.
 
-    :return: the state that was saved, or None if there is none or `FORCE` says to start anew.
+    :return: the state that was saved, or None if there is none.
     """
     import torch
 
     path = folder / "state.pt"
-    if constants.FORCE or not path.exists():
+    if not path.exists():
         return None
-    state = read_state(path, constants.DEVICE)
+    state = read_state(path)
     strategy.load_state_dict(state["strategy"])
-    torch.set_rng_state(state["random"]["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["random"]["cuda"]])
+    torch.set_rng_state(state["random"]["cpu"])
+    for number, random in enumerate(state["random"]["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(random, number)
     return state
 
 
@@ -795,6 +935,23 @@ def report(constants: SimpleNamespace, text: str) -> None:
         print(text, flush=True)
 
 
+def interruptible(main: Callable[[], None]) -> None:
+    """Run a script; when it is interrupted, end it with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        text = "\ninterrupted; the same command goes on after the last experience that was finished"
+        print(text, file=sys.stderr, flush=True)
+        atexit._run_exitfuncs()  # joblib's, which end its processes
+        os._exit(130)  # what else Python does at its end takes seconds
+
+
+# ------------------------------------------------------------------------------------------------
+# 4: how good painted images are
+# ------------------------------------------------------------------------------------------------
+
+
 def sample_quality(images: SimpleNamespace, x, y) -> dict[str, float]:
     """How good painted images are, as an independent classifier sees them.
 
@@ -874,130 +1031,6 @@ def precision_and_recall(real, painted, k: int = 3) -> tuple[float, float]:
         return (torch.cdist(features, others) <= radii).any(1).float().mean().item()
 
     return share(painted, real), share(real, painted)
-
-
-def interruptible(main: Callable[[], None]) -> None:
-    """Run a script; when it is interrupted or its numbers go wrong, end it with one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt:
-        text = "\ninterrupted; the same command goes on after the last experience that was finished"
-        print(text, file=sys.stderr, flush=True)
-        atexit._run_exitfuncs()  # joblib's, which end its processes
-        os._exit(130)  # what else Python does at its end takes seconds
-    except FloatingPointError as error:
-        fail(f"{error}; change what makes it diverge, such as LEARNING_RATE")
-
-
-def main() -> None:
-    """Train the generator alone along the stream and show what it remembers."""
-    constants = read_constants(sys.modules[__name__])
-    if constants.LOAD is not None:
-        return look(Path(constants.LOAD), constants)
-    images = prepare(constants)
-    for seed in constants.SEEDS:
-        train_along_stream(images, constants, seed)
-
-
-def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
-    """One run: train on each experience, then sample, reconstruct and evaluate."""
-    import torch
-
-    from figures import draw
-
-    name, folder = f"generator, seed {seed}", run_folder(constants, images.name, "generator", seed)
-    with only_process(folder, name):
-        if (folder / "generator.json").exists() and not constants.FORCE:
-            return report(constants, f"{name}: finished already, in {folder}")
-        constants = for_seed(constants, seed)
-        benchmark = make_benchmark(images, constants)
-        strategy = make_generator_strategy(images.train[0].shape[1:], constants)
-        record = run_record(constants, "generator", "generator", seed, images.notice)
-        generator, pictures = strategy.model, []
-        if state := restore(folder, constants, strategy):
-            record, pictures = state["record"], state["pictures"]
-            report(constants, f"{name}: goes on after experience {len(pictures)}")
-        matrix = record.setdefault("loss_matrix", [])
-        started = time.perf_counter() - record["seconds"]
-        # The same test images each time, of all classes: also of those yet to come.
-        originals, labels = one_of_each(images, constants)
-
-        for experience in benchmark.train_stream[len(matrix) :]:
-            strategy.train(experience)
-            metrics = strategy.eval(benchmark.test_stream)
-            matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-            reconstructions = torch.full_like(originals, torch.nan)  # what only a VAE has
-            if hasattr(generator, "reconstruct"):
-                reconstructions = generator.reconstruct(originals, labels).cpu()
-            pictures.append([generator.generate(20).cpu(), reconstructions])
-            record["seconds"] = round(time.perf_counter() - started, 1)
-            save_state(folder, constants, strategy, record=record, pictures=pictures)
-            text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
-            text += f" {matrix[-1][len(matrix) - 1]:.1f}, {record['seconds']:.0f} s"
-            report(constants, text)
-
-        samples, reconstructions = (torch.stack(kind).numpy() for kind in zip(*pictures))
-        arrays = {
-            "samples": samples,
-            "originals": originals.cpu().numpy(),
-            "reconstructions": reconstructions,
-        }  # fmt: skip
-        write(folder / "samples.npz", arrays)
-        write(folder / "generator.json", record)  # last: it is finished
-    figures = Path(constants.RESULTS_DIR) / "figures"
-    write_figures(figures, {f"generator-seed{seed}": draw.generator(record, arrays)})
-    print(f"{name}: {figures / f'generator-seed{seed}.png'}")
-
-
-def one_of_each(images: SimpleNamespace, constants: SimpleNamespace) -> tuple:
-    """The first test image of each class, in the order of the stream, and their labels.
-
-    :return: images, shape (10, C, H, W), and labels, shape (10,), on the device.
-    """
-    import torch
-
-    x, y = images.test
-    pictures = torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
-    labels = torch.tensor(constants.CLASS_ORDER)
-    return pictures.to(constants.DEVICE), labels.to(constants.DEVICE)
-
-
-def look(folder: Path, constants: SimpleNamespace) -> None:
-    """Show a saved generator: samples, reconstructions, and walks from one digit to another.
-
-    :param folder: what a run of either script has left.
-    :raises SystemExit: if there is no state in it.
-    """
-    import torch
-
-    from figures import draw
-
-    if not (folder / "state.pt").is_file():
-        fail(f"LOAD is {str(folder)!r}, but has to be a run's folder, with a state.pt in it")
-    device = choose_device(constants.DEVICE)
-    state = read_state(folder / "state.pt", device)
-    if state["generator"] is None:
-        fail(f"LOAD is {str(folder)!r}, a run without generator; choose one with replay")
-    own = SimpleNamespace(**state["constants"] | {"DEVICE": device})
-    images = load_images(own.DATASET, constants.DATA_DIR, own.CHECKSUMS)
-    generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
-    generator.load_state_dict(state["generator"])
-    arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
-    if hasattr(generator, "reconstruct"):
-        originals, labels = one_of_each(images, own)
-        with torch.no_grad():
-            # Each row goes from one class to the next, in twenty steps.
-            codes = generator.code(generator.encode(originals)[0], labels)[:, None]
-            share = torch.linspace(0, 1, 20, device=device)[:, None]
-            walk = generator.decode(torch.lerp(codes[:-1:2], codes[1::2], share).flatten(0, 1))
-        arrays["reconstructions"] = torch.stack(
-            [originals, generator.reconstruct(originals, labels)]
-        )
-        arrays["walk"] = walk.sigmoid().unflatten(0, (-1, 20))
-    figure = draw.look(state["record"], {name: x.cpu().numpy() for name, x in arrays.items()})
-    write_figures(folder, {"look": figure})
-    print(f"samples, reconstructions and walks: {folder / 'look.png'}")
 
 
 if __name__ == "__main__":

@@ -554,12 +554,15 @@ class ScholarTemplate(SupervisedTemplate):
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was called, in a strategy that was built in the same way."""
+        self.model.to(self.device)
         self.make_optimizer(reset_optimizer_state=True)  # or the next train() does, and forgets
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.clock).update(state["clock"])
         for plugin, own in zip(self._stateful(), state["plugins"], strict=True):
             plugin.load_state_dict(own)
+        if self.replay and self.replay.seen_classes is not None:
+            self.replay.seen_classes = self.replay.seen_classes.to(self.device)
 
     def _stateful(self) -> list:
         return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]

@@ -204,7 +204,17 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         r"the loss of the solver is (nan|inf) at experience 1, iteration (\d+)", done.stderr
     )
     assert found and 1 < int(found[2]) <= 120
-    assert not list(tmp_path.rglob("state.pt"))
+    assert not list(tmp_path.rglob("state.pt")) and "it has no good state yet" in done.stderr
+
+
+def test_a_run_that_diverges_names_its_last_good_state(tmp_path, capsys):
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(SystemExit) as ended, Generator.only_process(tmp_path, "replay, seed 3"):
+        raise FloatingPointError("the loss of the solver is nan at experience 2, iteration 7")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: replay, seed 3: the loss of the solver is nan at experience 2")
+    assert f"its last good state is {tmp_path / 'state.pt'}" in error
 
 
 def test_seeds_and_repetitions(tmp_path):
