@@ -7,10 +7,10 @@ import runpy
 import pytest
 import torch
 from PIL import Image
+from test_scripts import ROOT, run
 
 import GenerativeReplay
 import Generator
-from test_scripts import ROOT, run
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(

@@ -17,6 +17,8 @@ import pytest
 import torch
 from test_scripts import OFFLINE, ROOT, begin, run
 
+import Generator
+
 SMALL = ("--dataset", "digits", "--hidden-units", "40", "--latent-size", "4")
 
 
