@@ -10,8 +10,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -29,8 +27,6 @@ TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
 COMPARE_GENERATORS = False  # instead of STRATEGIES, replay with each generator, and how it paints
 N_JOBS = 1  # runs at the same time, each in a process of its own with its share of the cores
-BACKEND = "loky"  # loky: processes on this machine; dask: the workers of SCHEDULER
-SCHEDULER = "tcp://127.0.0.1:8786"  # address of a Dask scheduler
 TENSORBOARD = False  # log curves, samples and confusions for TensorBoard, in the run's folder
 SUMMARIZE = None  # folder of results to draw table and figures from, without running anything
 # ------------------------------------------------------------------------------------------------
@@ -56,10 +52,6 @@ RULES = {
     "ABLATION": Generator.BOOLEAN,
     "COMPARE_GENERATORS": Generator.BOOLEAN,
     "N_JOBS": Generator.whole(1),
-    "BACKEND": Generator.one_of("loky", "dask"),
-    "SCHEDULER": Generator.rule(
-        lambda v: type(v) is str and "://" in v, "an address such as tcp://host:8786"
-    ),
     "TENSORBOARD": Generator.BOOLEAN,
     "SUMMARIZE": Generator.none_or(Generator.FOLDER),
 }
@@ -76,14 +68,15 @@ def main() -> None:
     images, planned = Generator.prepare(constants), variants(constants)
     for _, strategy, own in planned:  # ends the program here if one can't be made
         make_scholar(images.train[0].shape[1:], own, strategy)
-    from joblib import delayed
+    from joblib import Parallel, delayed
 
-    with processes(constants) as parallel:
-        finished = parallel(
-            delayed(run)(*variant, seed, images.notice)
-            for variant in planned
-            for seed in constants.SEEDS
-        )
+    # What an interruption leaves behind is cleaned up by joblib, which need not say so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    finished = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
+        delayed(run)(*variant, seed, images.notice)
+        for variant in planned
+        for seed in constants.SEEDS
+    )
     summarize(finished, Path(constants.RESULTS_DIR), images.notice)
 
 
@@ -381,28 +374,6 @@ def summarize(
     Generator.write(folder / "metrics.csv", tables.tidy(runs))
     Generator.write_figures(folder / "figures", draw.all_figures(runs))
     print(f"Results are in {folder}, figures in {folder / 'figures'}")
-
-
-@contextmanager
-def processes(constants: SimpleNamespace) -> Iterator:
-    """A `Parallel` of joblib: processes on this machine, or the workers of a Dask cluster."""
-    from joblib import Parallel, parallel_config
-
-    if constants.BACKEND == "loky":
-        # What an interruption leaves behind is cleaned up by joblib, which need not say so.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        yield Parallel(constants.N_JOBS)  # which divides the threads among the processes
-        return
-    try:
-        from dask.distributed import Client
-    except ImportError:
-        Generator.fail("BACKEND 'dask' needs Dask: pip install distributed")
-    try:
-        client = Client(constants.SCHEDULER, timeout=10)
-    except OSError:
-        Generator.fail(f"no Dask scheduler answers at {constants.SCHEDULER}; set SCHEDULER")
-    with client, parallel_config("dask"):
-        yield Parallel(n_jobs=-1)
 
 
 if __name__ == "__main__":

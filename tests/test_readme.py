@@ -20,7 +20,7 @@ COMMANDS = sorted(
     }
 )
 # Shown with something to fill in, or for machines that not everybody has.
-ELSEWHERE = ("--load", "--summarize", "--device cuda", "--backend dask", "--help")
+ELSEWHERE = ("--load", "--summarize", "--device cuda", "--help")
 
 
 def definitions(path):
