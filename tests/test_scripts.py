@@ -21,7 +21,13 @@ from figures import draw
 ROOT = Path(__file__).parent.parent
 # No display, no network (a proxy that nobody listens on), and no MNIST from outside.
 NOWHERE = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY"], "http://127.0.0.1:9")
-OFFLINE = {"MPLBACKEND": "agg", "DATA_DIR": "nowhere", "no_proxy": "", **NOWHERE}
+OFFLINE = {
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",
+    "DATA_DIR": "nowhere",
+    "no_proxy": "",
+    **NOWHERE,
+}
 QUICK = ("--dataset", "digits", "--iterations", "20")
 
 
