@@ -27,6 +27,8 @@ TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
 ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
 COMPARE_GENERATORS = False  # instead of STRATEGIES, replay with each generator, and how it paints
 N_JOBS = 1  # runs at the same time, each in a process of its own with its share of the cores
+BACKEND = "loky"  # loky: processes on this machine; dask: the workers of SCHEDULER, see README
+SCHEDULER = "tcp://127.0.0.1:8786"  # address of a Dask scheduler
 TENSORBOARD = False  # log curves, samples and confusions for TensorBoard, in the run's folder
 SUMMARIZE = None  # folder of results to draw table and figures from, without running anything
 # ------------------------------------------------------------------------------------------------
@@ -52,6 +54,10 @@ RULES = {
     "ABLATION": Generator.BOOLEAN,
     "COMPARE_GENERATORS": Generator.BOOLEAN,
     "N_JOBS": Generator.whole(1),
+    "BACKEND": Generator.one_of("loky", "dask"),
+    "SCHEDULER": Generator.rule(
+        lambda v: type(v) is str and "://" in v, "an address such as tcp://host:8786"
+    ),
     "TENSORBOARD": Generator.BOOLEAN,
     "SUMMARIZE": Generator.none_or(Generator.FOLDER),
 }
@@ -63,21 +69,48 @@ def main() -> None:
     if constants.LOAD is not None:
         return Generator.look(Path(constants.LOAD), constants)
     if constants.SUMMARIZE is not None:
-        files = sorted(Path(constants.SUMMARIZE).rglob("results.json"))
-        return summarize([(None, file.parent) for file in files], Path(constants.SUMMARIZE))
+        folder = Path(constants.SUMMARIZE)  # of runs, or with a folder of runs from each machine
+        files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
+        return summarize([(None, file.parent) for file in files], folder)
     images, planned = Generator.prepare(constants), variants(constants)
     for _, strategy, own in planned:  # ends the program here if one can't be made
         make_scholar(images.train[0].shape[1:], own, strategy)
     from joblib import Parallel, delayed
 
-    # What an interruption leaves behind is cleaned up by joblib, which need not say so.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    finished = Parallel(constants.N_JOBS)(  # which divides the threads among the processes
-        delayed(run)(*variant, seed, images.notice)
-        for variant in planned
-        for seed in constants.SEEDS
-    )
+    with processes(constants):
+        finished = Parallel()(
+            delayed(run)(*variant, seed, images.notice)
+            for variant in planned
+            for seed in constants.SEEDS
+        )
     summarize(finished, Path(constants.RESULTS_DIR), images.notice)
+
+
+def processes(constants: SimpleNamespace):
+    """Where joblib's `Parallel` computes: processes of this machine, or workers of a Dask cluster.
+
+    :raises SystemExit: if Dask is not installed, or nobody answers.
+    """
+    from joblib import parallel_config
+
+    if constants.BACKEND == "loky":  # which divides the threads among the processes
+        # What an interruption leaves behind is cleaned up by joblib, which need not say so.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+        return parallel_config("loky", n_jobs=constants.N_JOBS)
+    try:
+        from dask.distributed import Client
+
+        client = Client(constants.SCHEDULER, timeout=10)
+        for ask in client.run_on_scheduler, client.run:  # else it would wait for them for ever
+            ask(lambda: bool(__import__("GenerativeReplay")))
+    except OSError:
+        Generator.fail(f"no Dask scheduler answers at {constants.SCHEDULER}; set SCHEDULER")
+    except ImportError as error:
+        Generator.fail(
+            "BACKEND 'dask' needs `pip install distributed` here, and a scheduler and workers "
+            f"that were started with PYTHONPATH set to the scripts' folder ({error})"
+        )
+    return parallel_config("dask", client=client)
 
 
 def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace]]:
@@ -186,47 +219,11 @@ def make_scholar(
     :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
         solver, its logits are one per class.
     """
-    from avalanche.evaluation.metrics import (
-        accuracy_metrics,
-        confusion_matrix_metrics,
-        loss_metrics,
-    )
-    from torch import nn
     from torch.nn.functional import cross_entropy
-    from torchvision.transforms import v2
 
-    from TrainingInstances import (
-        EvaluationOnly,
-        GenerativeReplay,
-        ScholarTemplate,
-        StoredImages,
-        WhileTraining,
-        knows_classes,
-    )
+    from TrainingInstances import GenerativeReplay, ScholarTemplate, StoredImages, knows_classes
 
-    units = constants.HIDDEN_UNITS
-    solver = nn.Sequential(
-        # The past comes as the generator paints it, a little blurred and a little too typical.
-        # Without the next two the solver learns that blurred means old, and takes sharp test
-        # images for the newest classes. A shift is that of a whole minibatch, real and painted.
-        WhileTraining(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
-        nn.Dropout(constants.INPUT_DROPOUT),
-        nn.Flatten(),
-        nn.Linear(math.prod(shape), units), nn.ReLU(),
-        nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, len(constants.CLASS_ORDER)),
-    )  # fmt: skip
-    metrics = [
-        accuracy_metrics(experience=True),
-        confusion_matrix_metrics(len(constants.CLASS_ORDER), stream=True, save_image=False),
-    ]
-    evaluator = EvaluationOnly(*metrics)
-    if logs is not None:
-        from avalanche.logging import TensorboardLogger
-        from avalanche.training.plugins import EvaluationPlugin
-
-        logger = TensorboardLogger(str(logs))
-        evaluator = EvaluationPlugin(*metrics, loss_metrics(minibatch=True), loggers=[logger])
+    solver = make_solver(shape, constants)
     common = {
         "model": solver,
         **Generator.training(
@@ -234,7 +231,7 @@ def make_scholar(
         ),
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "evaluator": evaluator,
+        "evaluator": make_evaluator(len(constants.CLASS_ORDER), logs),
         "device": constants.DEVICE,
     }
     if strategy in ("naive", "joint"):
@@ -261,6 +258,56 @@ def make_scholar(
         labels=constants.REPLAY_LABELS,
         **common,
     )
+
+
+def make_solver(shape: tuple[int, int, int], constants: SimpleNamespace):
+    """The solver: fully connected, with as many logits as there are classes. Edit it here.
+
+    :param shape: shape of one image, (channels, height, width).
+    """
+    from torch import nn
+    from torchvision.transforms import v2
+
+    from TrainingInstances import WhileTraining
+
+    units = constants.HIDDEN_UNITS
+    return nn.Sequential(
+        # The past comes as the generator paints it, a little blurred and a little too typical.
+        # Without the next two the solver learns that blurred means old, and takes sharp test
+        # images for the newest classes. A shift is that of a whole minibatch, real and painted.
+        WhileTraining(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
+        nn.Dropout(constants.INPUT_DROPOUT),
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), units), nn.ReLU(),
+        nn.Linear(units, units), nn.ReLU(),
+        nn.Linear(units, len(constants.CLASS_ORDER)),
+    )  # fmt: skip
+
+
+def make_evaluator(classes: int, logs: Path | None):
+    """What is measured on the test stream: accuracy on each experience, and the confusions.
+
+    :param logs: folder for the logs of TensorBoard, which get the losses of training too; None: no
+        logs.
+    """
+    from avalanche.evaluation.metrics import (
+        accuracy_metrics,
+        confusion_matrix_metrics,
+        loss_metrics,
+    )
+    from avalanche.logging import TensorboardLogger
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from TrainingInstances import EvaluationOnly
+
+    metrics = [
+        accuracy_metrics(experience=True),
+        confusion_matrix_metrics(classes, stream=True, save_image=False),
+    ]
+    if logs is None:
+        return EvaluationOnly(*metrics)
+    loggers = [TensorboardLogger(str(logs))]
+    return EvaluationPlugin(*metrics, loss_metrics(minibatch=True), loggers=loggers)
 
 
 def remember(scholar, class_order: tuple[int, ...]):

@@ -722,7 +722,7 @@ def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: in
     """
     others = (
         "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "FORCE", "QUIET", "LOAD", "STRATEGIES",
-        "ABLATION", "N_JOBS", "TENSORBOARD", "SUMMARIZE",
+        "ABLATION", "N_JOBS", "BACKEND", "SCHEDULER", "TENSORBOARD", "SUMMARIZE",
     )  # fmt: skip
     deciding = {name: value for name, value in vars(constants).items() if name not in others}
     code = []

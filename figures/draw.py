@@ -6,9 +6,12 @@ light as on paper, one row per experience, titles that name data set, strategy a
 """
 
 import re
+from collections.abc import Iterator
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import Normalize, PowerNorm
 
 from figures import tables
 
@@ -19,16 +22,17 @@ STYLE = {
     "figure.max_open_warning": 0,  # many strategies have many figures
     "font.size": 9,
 }
-# Okabe and Ito's palette, which the colour-blind can tell apart, and two more; as many as markers.
-COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00",
-    "#56b4e9", "#000000", "#999999", "#b8860b",
-)  # fmt: skip
+# Okabe and Ito's palette, which the colour-blind can tell apart, and markers; one more of those, so
+# that they meet in other pairs when both begin again.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS = "osD^vP*X<"
 # Class-incremental Split MNIST, no stored data, fully connected, 2,000 iterations of 128 + 128 (van
 # de Ven et al. 2018, 2022). Shown beside runs of this data set, experiences and validation images.
 PROTOCOL = ("mnist", 5, 0)
-PUBLISHED = {"DGR, published": 91.24, "brain-inspired replay, published": 94.41}
+PUBLISHED = {
+    "DGR, best published (2,000 iterations)": 91.24,
+    "brain-inspired replay, published (2,000 iterations)": 94.41,
+}
 
 
 def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
@@ -67,6 +71,13 @@ def class_groups(run: dict) -> list[str]:
     if constants["SHUFFLE_CLASSES"]:
         return [str(number) for number in range(1, len(groups) + 1)]
     return [" ".join(map(str, group)) for group in groups]
+
+
+def styled(runs: list[dict]) -> Iterator[tuple[list[dict], dict]]:
+    """Runs of the same name together, and for each name how its lines look."""
+    looks = zip(cycle(COLOURS), cycle(MARKERS))
+    for (name, own), (colour, marker) in zip(tables.by_name(runs).items(), looks):
+        yield own, {"label": name, "color": colour, "marker": marker}
 
 
 def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
@@ -173,7 +184,9 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     """Heat map of the mean accuracy matrix, in percent, without experiences yet to come."""
     matrix = 100 * np.mean([run["accuracy_matrix"] for run in runs], axis=0)
     matrix[np.triu_indices(len(matrix), 1)] = np.nan
-    axes, figure = heat_map(matrix, class_groups(runs[0]), "accuracy (%)")
+    lowest = 10 * np.floor(np.nanmin(matrix) / 10)  # or all that is good would look the same
+    norm = Normalize(min(lowest, 90), 100)
+    axes, figure = heat_map(matrix, class_groups(runs[0]), "accuracy (%)", norm)
     axes.set(xlabel="tested on (classes)", ylabel="after experience (its classes)")
     axes.set_title(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
     return figure
@@ -184,19 +197,21 @@ def confusion_matrix(runs: list[dict]) -> plt.Figure:
     """Heat map of the classes that the solver sees in test images, after the last experience."""
     counts = np.sum([run["confusion_matrix"] for run in runs], axis=0)
     share = 100 * counts / counts.sum(1, keepdims=True)
-    axes, figure = heat_map(share, list(range(len(share))), "share of the class's images (%)")
+    norm = PowerNorm(0.4, 0, 100)  # errors are few, and what matters here
+    unit = "share of the class's images (%); empty: none"
+    axes, figure = heat_map(share, list(range(len(share))), unit, norm)
     axes.set(xlabel="class that the solver sees", ylabel="class")
     axes.set_title(title("Confusions after the last experience", runs))
     return figure
 
 
-def heat_map(matrix: np.ndarray, labels: list, unit: str) -> tuple:
+def heat_map(matrix: np.ndarray, labels: list, unit: str, norm: Normalize) -> tuple:
     """Annotated heat map of percentages; NaN stays empty. Returns its axes and the figure."""
     figure, axes = plt.subplots(figsize=(0.7 * WIDTH, 0.58 * WIDTH))
-    image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=100)
+    image = axes.imshow(matrix, cmap="cividis", norm=norm)
     for (i, j), value in np.ndenumerate(matrix):
         if value > 0 or (value == 0 and len(matrix) <= 5):  # zeros would fill a large one
-            colour = "black" if value > 60 else "white"
+            colour = "black" if norm(value) > 0.6 else "white"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour,
                       fontsize="small" if len(matrix) > 5 else None)  # fmt: skip
     axes.set_xticks(range(len(matrix)), labels)
@@ -207,22 +222,36 @@ def heat_map(matrix: np.ndarray, labels: list, unit: str) -> tuple:
 
 @plt.rc_context(STYLE)
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
-    """Accuracy over the experiences seen so far, a line per name, mean and standard error."""
-    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
-    for (name, own), colour, marker in zip(tables.by_name(runs).items(), COLOURS, MARKERS):
-        curves = [
-            [100 * np.mean(row[: i + 1]) for i, row in enumerate(run["accuracy_matrix"])]
-            for run in own
-        ]
-        x = np.arange(1, len(curves[0]) + 1)
-        band(axes, x, np.array(curves), marker=marker, color=colour, label=name)
+    """Accuracy over the experiences seen so far, a line per name, mean and standard error.
+
+    The best are shown once more, larger, where they would lie on each other.
+    """
+    figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.55 * WIDTH))
+    close = []
+    for own, style in styled(runs):
+        curves = 100 * np.array([run["accuracy_matrix"] for run in own])
+        curves = np.stack([curves[:, i, : i + 1].mean(1) for i in range(curves.shape[1])], 1)
+        x = np.arange(1, curves.shape[1] + 1)
+        style["label"] += f": {curves[:, -1].mean():.2f}"
+        band(axes, x, curves, **style)
+        if curves.mean(0).min() > 80:
+            close.append((x, curves, style))
     if len({run["constants"]["N_EXPERIENCES"] for run in runs}) == 1:
         order = runs[0]["constants"]["CLASS_ORDER"]
         classes = np.cumsum([len(group) for group in np.array_split(order, len(x))])
-        axes.plot(x, 100 / classes, ":", color="gray", label="chance")
+        chance = 100 / classes
+        axes.plot(x, chance, ":", color="gray", label=f"chance: {chance[-1]:.0f}")
+    if len(close) > 1:
+        larger = axes.inset_axes((0.4, 0.4, 0.57, 0.44))
+        for curve in close:
+            band(larger, *curve[:2], **curve[2])
+        larger.set_xticks(x)
+        larger.tick_params(labelsize="small")
+        larger.grid(alpha=0.3)
+        axes.indicate_inset_zoom(larger)
     axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, title="at the end (%)", fontsize="small")
     axes.set_title(title("Accuracy on all experiences so far", runs))
     return figure
 
@@ -234,7 +263,7 @@ def forgetting(runs: list[dict]) -> plt.Figure:
     matrices = 100 * np.array([run["accuracy_matrix"] for run in runs])
     x = np.arange(1, matrices.shape[1] + 1)
     for j, label in enumerate(class_groups(runs[0])):
-        style = {"marker": MARKERS[j % 9], "color": COLOURS[j % 9], "label": label}
+        style = {"marker": MARKERS[j % 9], "color": COLOURS[j % 8], "label": label}
         band(axes, x[j:], matrices[:, j:, j], **style)
     axes.set(xlabel="experiences learned", ylabel="accuracy (%)", xticks=x)
     axes.set_ylim(min(axes.get_ylim()[0], 89), 100.5)
@@ -280,10 +309,10 @@ def generators(runs: list[dict]) -> plt.Figure:
     }
     figure, all_axes = plt.subplots(1, 3, sharey=True, figsize=(WIDTH, 0.42 * WIDTH))
     for axes, (kind, label) in zip(all_axes, kinds.items()):
-        for (name, own), colour, marker in zip(tables.by_name(runs).items(), COLOURS, MARKERS):
+        for own, style in styled(runs):
             x = [100 * run["sample_quality"][kind] for run in own]
             y = [100 * np.mean(run["accuracy_matrix"][-1][:-1]) for run in own]
-            axes.plot(x, y, marker, color=colour, label=name, alpha=0.8)
+            axes.plot(x, y, linestyle="", alpha=0.8, **style)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("final accuracy on the\nexperiences before the last (%)")
@@ -307,7 +336,8 @@ def ablation(runs: list[dict]) -> plt.Figure:
     axes.errorbar(middle, y, xerr=error, fmt="o", color=COLOURS[0], capsize=3)
     for position, value in zip(y, middle):
         axes.annotate(f"{value:.1f}", (value, position), (0, 5), textcoords="offset points",
-                      ha="center", fontsize="small")  # fmt: skip
+                      ha="center", fontsize="small",
+                      bbox={"color": "white", "pad": 0.5})  # fmt: skip
     axes.set_yticks(y, rows)
     axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
     constants = runs[0]["constants"]

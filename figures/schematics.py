@@ -180,7 +180,7 @@ def graph() -> Picture:
     x, encoder = p.sheets(38, 182, "x", CURRENT), p.box(120, 182, "encoder")
     z_mean, z_log_var = p.box(222, 158, "z_mean", 90), p.box(222, 206, "z_log_var", 90)
     sigma, noise = p.box(333, 206, "exp(0.5·)"), p.dot(407, 266, "ε", RANDOM)
-    times, plus, code = p.dot(407, 206, "×"), p.dot(407, 158, "+"), p.box(474, 158, "code")
+    times, plus, code = p.dot(407, 206, "×"), p.dot(407, 158, "+"), p.box(474, 158, "z")
     decoder, logits = p.box(555, 158, "decoder"), p.box(640, 158, "logits")
     kl = p.box(342, 50, "kl\n0.5 Σ (exp(z_log_var) + z_mean² − 1 − z_log_var)", 0, 46)
     error = p.box(503, 348, "reconstruction\nΣ binary_cross_entropy_with_logits", 354, 46)
@@ -274,12 +274,14 @@ def replay() -> Picture:
     p.link("h", p.sheets(277, x.y, "y", CURRENT), current, colour=CURRENT)
     x, new, current = step(
         419, "2  Then the generator learns it:", "VAETraining ReplayedLatents old_generator"
-        " draw z old_generator decode x code z decoder negative_elbo",
+        " draw z old_generator decode x z z decoder negative_elbo",
     )  # fmt: skip
     encoder = p.box(318, new.y, "encoder", 0, 30)
     p.link("vh", x, encoder, colour=CURRENT)
     p.link("h", encoder, new, colour=CURRENT)
     p.link("h", x, current, colour=CURRENT)
+    p.arrow((318, 386), (318, 363), (644, 363), colour=CURRENT)
+    p.names((420, 376, "z_mean, z_log_var"))
     return p
 
 

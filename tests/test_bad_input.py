@@ -91,6 +91,8 @@ COMMAND_LINES = [
     ("--input-shift 0.5", "INPUT_SHIFT is 0.5"),
     ("--input-shift 28", "INPUT_SHIFT is 28, but has to be an integer, from 0 to 27"),
     ("--n-jobs 0", "N_JOBS is 0"),
+    ("--backend das", "BACKEND is 'das', but .*; did you mean dask?"),
+    ("--scheduler localhost", "SCHEDULER is 'localhost'"),
     # numbers
     ("--learning-rate 0", "LEARNING_RATE is 0, but has to be a positive number"),
     ("--learning-rate nan", "LEARNING_RATE is 'nan'"),

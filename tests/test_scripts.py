@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -45,7 +46,10 @@ def in_child(script, arguments, cwd, outputs):
     Generator.DATA_DIR = OFFLINE["DATA_DIR"]
     torch.set_num_threads(1)
     sys.argv = [script, *map(str, arguments)]
-    Generator.interruptible(importlib.import_module(Path(script).stem).main)
+    try:
+        Generator.interruptible(importlib.import_module(Path(script).stem).main)
+    finally:
+        threading._shutdown()  # as at the end of Python; else joblib's processes are waited for
 
 
 def begin(script, *arguments, cwd, outputs=(os.devnull, os.devnull)):
@@ -190,9 +194,17 @@ def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_cluster_without_dask_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "dask", None)
+    with pytest.raises(SystemExit):
+        GenerativeReplay.processes(all_constants(BACKEND="dask"))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install distributed" in error
+
+
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
-    arguments = "--dataset", "digits", "--strategies", "replay", "naive", "--n-jobs", 2
-    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
+    strategies = "--strategies", "replay", "naive", "--n-jobs", 2
+    done = run("GenerativeReplay.py", *QUICK[:2], "--iterations", 150, *strategies, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
     final = {name: result["final_accuracy"]["mean"] for name, result in results.items()}
