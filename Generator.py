@@ -284,6 +284,10 @@ def look(folder: Path, constants: SimpleNamespace) -> None:
     if state["generator"] is None:
         fail(f"LOAD is {str(folder)!r}, a run without generator; choose one with replay")
     own = SimpleNamespace(**state["constants"] | {"DEVICE": device})
+    if own.GENERATOR not in GENERATORS:
+        fail(
+            f"LOAD is {str(folder)!r}, whose generator {own.GENERATOR!r} is not in GENERATORS here"
+        )
     images = load_images(own.DATASET, constants.DATA_DIR, own.CHECKSUMS)
     generator = make_generator_strategy(images.train[0].shape[1:], own).model.to(device)
     generator.load_state_dict(state["generator"])
@@ -374,13 +378,15 @@ def download(name: str, data_dir: str) -> None:
     """
     import socket
 
+    from filelock import FileLock
     from torchvision import datasets
 
     print(f"{name} is not in {data_dir!r}: downloading it", flush=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
     try:
-        getattr(datasets, PUBLISHED[name][0])(data_dir, download=True)
+        with FileLock(Path(data_dir, "lock")):  # who waited for another's download has it then
+            getattr(datasets, PUBLISHED[name][0])(data_dir, download=True)
     finally:
         socket.setdefaulttimeout(timeout)
 

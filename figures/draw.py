@@ -335,7 +335,7 @@ def ablation(runs: list[dict]) -> plt.Figure:
     y = np.arange(len(rows))
     axes.errorbar(middle, y, xerr=error, fmt="o", color=COLOURS[0], capsize=3)
     for position, value in zip(y, middle):
-        axes.annotate(f"{value:.1f}", (value, position), (0, 5), textcoords="offset points",
+        axes.annotate(f"{value:.1f}", (value, position), (0, 7), textcoords="offset points",
                       ha="center", fontsize="small",
                       bbox={"color": "white", "pad": 0.5})  # fmt: skip
     axes.set_yticks(y, rows)

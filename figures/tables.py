@@ -94,8 +94,8 @@ def table(runs: list[dict]) -> str:
                          + f"{seconds['mean']:9.0f}")  # fmt: skip
         if "precision" in row:
             painted = (f"{key.replace('_', ' ')} {row[key]['mean']:.1%}" for key in QUALITY)
-            lines.append(f"{'':{width}}  {row['parameters']['mean']:,.0f} parameters, samples: "
-                         + ", ".join(painted))  # fmt: skip
+            count = f"{row['parameters']['mean']:,.0f} parameters"
+            lines.append(f"  {count}; samples: {', '.join(painted)}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +367,22 @@ def test_a_missing_file_that_cannot_be_downloaded(name, raw, capsys):
     assert out.count("\n") == 1 and "downloading" in out and err.count("\n") == 1
     assert err.startswith(f"error: {raw / TEST_IMAGES} is missing and can't be downloaded")
     assert "DATA_DIR" in err
+
+
+def test_two_downloads_at_once_come_one_after_the_other(tmp_path, monkeypatch):
+    at_work, together = [], []
+
+    def slow(folder, download):
+        at_work.append(folder)
+        together.append(len(at_work))
+        time.sleep(0.2)
+        at_work.pop()
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", slow)
+    with ThreadPoolExecutor() as pool:
+        for _ in range(2):
+            pool.submit(Generator.download, "mnist", tmp_path)
+    assert together == [1, 1]
 
 
 def test_auto_takes_the_digits_only_where_mnist_is_missing(raw, capsys):

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,16 @@ def test_look_and_summarize_without_training(tmp_path):
         assert line in again.stdout
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "elsewhere" / "figures").iterdir()}
     assert drawn == pictures
+    # Runs of several machines, each in its folder; but runs beside other folders stand alone.
+    (tmp_path / "both").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "both" / "elsewhere")
+    both = run("GenerativeReplay.py", "--summarize", "both", cwd=tmp_path)
+    assert both.returncode == 0 and all(line in both.stdout for line in table.splitlines()[1:4])
+    (tmp_path / "both" / "elsewhere").rename(tmp_path / "elsewhere")
+    (naive,) = (tmp_path / "elsewhere").glob("*naive*")
+    shutil.copytree(naive, tmp_path / "elsewhere" / "ablation" / naive.name)
+    alone = run("GenerativeReplay.py", "--summarize", "elsewhere", cwd=tmp_path)
+    assert alone.stdout.count("naive, seed 0") == 1
     rows = (tmp_path / "elsewhere" / "metrics.csv").read_text().splitlines()
     assert rows[0] == "strategy,seed,experience_trained,experience_tested,accuracy"
     assert len(rows) == 1 + 3 * 25
@@ -265,7 +276,6 @@ def test_look_and_summarize_without_training(tmp_path):
         looked = run(script, "--load", folder, cwd=tmp_path)
         assert looked.returncode == 0 and looked.stderr == ""
         assert (folder / "look.png").stat().st_size > 10_000
-    (naive,) = (tmp_path / "elsewhere").glob("*naive*")
     for bad, complaint in [("nowhere", "has to be a run's folder"), (naive, "without generator")]:
         looked = run("Generator.py", "--load", bad, cwd=tmp_path)
         assert looked.returncode == 2 and complaint in looked.stderr
