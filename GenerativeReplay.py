@@ -71,7 +71,8 @@ def main() -> None:
     if constants.SUMMARIZE is not None:
         folder = Path(constants.SUMMARIZE)  # of runs, or with a folder of runs from each machine
         files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
-        return summarize([(None, file.parent) for file in files], folder)
+        runs = {file.parent.name: file.parent for file in files}  # a copy of a run is no other
+        return summarize([(None, run) for run in runs.values()], folder)
     images, planned = Generator.prepare(constants), variants(constants)
     for _, strategy, own in planned:  # ends the program here if one can't be made
         make_scholar(images.train[0].shape[1:], own, strategy)
@@ -196,7 +197,7 @@ def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) ->
         "forgetting": forgetting(matrix),
         "confusion_matrix": confusions(scholar, benchmark.test_stream),
     }
-    Generator.report(constants, matrix_in_words(matrix))
+    Generator.report(constants, f"{title}: {matrix_in_words(matrix)}")
     if constants.COMPARE_GENERATORS:
         held_out = Generator.hold_out(images, constants.VALIDATION_SIZE)
         record["sample_quality"] = quality(scholar, held_out)
@@ -221,30 +222,20 @@ def make_scholar(
     :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
         solver, its logits are one per class.
     """
-    from torch.nn.functional import cross_entropy
-
     from TrainingInstances import GenerativeReplay, ScholarTemplate, StoredImages, knows_classes
 
     solver = make_solver(shape, constants)
-    common = {
-        "model": solver,
-        **Generator.training(
-            "solver", solver, constants.LEARNING_RATE, constants.ITERATIONS, constants.ANNEAL
-        ),
-        "train_mb_size": constants.BATCH_SIZE,
-        "eval_mb_size": 1000,
-        "evaluator": make_evaluator(logs),
-        "device": constants.DEVICE,
-    }
+    common = Generator.strategy_arguments("solver", solver, constants)
+    common["evaluator"] = make_evaluator(logs)
     if strategy in ("naive", "joint"):
-        return ScholarTemplate(criterion=cross_entropy, **common)
+        return ScholarTemplate(**common)
     generator_strategy = Generator.make_generator_strategy(shape, constants)
     if strategy == "buffer":
         # As many images as fit into the generator's bytes, with one byte for a pixel.
         state = generator_strategy.model.state_dict().values()
         size = sum(part.numel() * part.element_size() for part in state)
         common["plugins"].append(StoredImages(size // math.prod(shape)))
-        return ScholarTemplate(criterion=cross_entropy, **common)
+        return ScholarTemplate(**common)
     if constants.REPLAY_LABELS == "generator":
         if not knows_classes(generator_strategy.model):
             which = f"{constants.GENERATOR!r} (as it is here) doesn't know the class it paints"
@@ -360,6 +351,8 @@ def log_more(scholar, stream, record: dict, memories: list) -> None:
     from figures import draw
 
     for logger in scholar.evaluator.loggers:
+        if not hasattr(logger, "writer"):  # of one's own
+            continue
         step = len(record["accuracy_matrix"])
         run = record | {"confusion_matrix": confusions(scholar, stream)}
         logger.writer.add_figure("confusions", draw.confusion_matrix([run]), step)

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -80,7 +81,8 @@ def make_generator_strategy(shape: tuple[int, int, int], constants: SimpleNamesp
     suits it better or the GENERATOR_... constants say otherwise.
 
     :param shape: shape of one image, (channels, height, width).
-    :return: a strategy with a new generator as `model`, the one that GENERATOR names.
+    :return: a strategy with a new generator as `model`, the one that GENERATOR names. Its training
+        loop stands in the next script; here it is enough that it has `train(experience)`.
     """
     return GENERATORS[constants.GENERATOR](shape, constants)
 
@@ -96,7 +98,7 @@ def make_vae(shape: tuple[int, int, int], constants: SimpleNamespace):
         mixtures = LatentMixtures(classes, constants.MIXTURE_COMPONENTS, latent_size)
     vae = VAE(shape, constants.HIDDEN_UNITS, latent_size, mixtures)
     criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
-    return VAETraining(model=vae, criterion=criterion, **generator_training(vae, constants))
+    return VAETraining(criterion=criterion, **generator_arguments(vae, constants))
 
 
 def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
@@ -107,7 +109,7 @@ def make_cvae(shape: tuple[int, int, int], constants: SimpleNamespace):
     classes, latent_size = len(constants.CLASS_ORDER), constants.LATENT_SIZE or 8
     cvae = ConditionalVAE(shape, classes, constants.HIDDEN_UNITS, latent_size)
     criterion = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
-    return VAETraining(model=cvae, criterion=criterion, **generator_training(cvae, constants))
+    return VAETraining(criterion=criterion, **generator_arguments(cvae, constants))
 
 
 def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
@@ -121,7 +123,7 @@ def make_wgan(shape: tuple[int, int, int], constants: SimpleNamespace):
 
     wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE or 32)
     own = {"learning_rate": 3e-3, "iterations": 5 * constants.ITERATIONS, "betas": (0.5, 0.9)}
-    return WGANTraining(model=wgan, **generator_training(wgan, constants, **own))
+    return WGANTraining(**generator_arguments(wgan, constants, **own))
 
 
 # What GENERATOR may be: a function from the shape of an image and the constants to a strategy. For
@@ -133,7 +135,7 @@ GENERATORS = {
 }
 
 
-def generator_training(
+def generator_arguments(
     model,
     constants: SimpleNamespace,
     learning_rate: float | None = None,
@@ -150,48 +152,48 @@ def generator_training(
 
     from TrainingInstances import EvaluationOnly
 
+    learning_rate = constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE
+    own = {
+        "LEARNING_RATE": learning_rate,
+        "ITERATIONS": constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
+        "BATCH_SIZE": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+    }
     return {
-        **training(
-            "generator",
-            model,
-            constants.GENERATOR_LEARNING_RATE or learning_rate or constants.LEARNING_RATE,
-            constants.GENERATOR_ITERATIONS or iterations or constants.ITERATIONS,
-            constants.ANNEAL,
-            betas,
-        ),
-        "train_mb_size": constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
-        "eval_mb_size": 1000,
+        **strategy_arguments("generator", model, SimpleNamespace(**vars(constants) | own), betas),
         "replay_size": constants.REPLAY_SIZE,
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
         "ratio": constants.RATIO,
         "evaluator": EvaluationOnly(loss_metrics(experience=True)),
-        "device": constants.DEVICE,
     }
 
 
-def training(
-    name: str,
-    model,
-    learning_rate: float,
-    iterations: int,
-    anneal: bool,
-    betas: tuple[float, float] = (0.9, 0.999),
+def strategy_arguments(
+    name: str, model, constants: SimpleNamespace, betas: tuple[float, float] = (0.9, 0.999)
 ) -> dict:
-    """Arguments of a strategy that say how it optimises: Adam, for so many iterations.
+    """Arguments of any strategy: what is trained, by which optimizer, for how long.
 
     :param name: what is trained, as the progress bar names it.
-    :param anneal: whether the learning rate falls to 0 over each experience.
     :param betas: of Adam.
     """
     from torch.optim import Adam
 
     from TrainingInstances import Annealing, Progress
 
-    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
+    optimizer = Adam(model.parameters(), lr=constants.LEARNING_RATE, betas=betas, fused=True)
     # A bar on a terminal, if this is not one of several processes that would write over each other.
     visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
-    plugins = [Progress(name, visible), *([Annealing(optimizer, iterations)] if anneal else [])]
-    return {"optimizer": optimizer, "iterations": iterations, "plugins": plugins}
+    plugins = [Progress(name, visible)]
+    if constants.ANNEAL:
+        plugins.append(Annealing(optimizer, constants.ITERATIONS))
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "iterations": constants.ITERATIONS,
+        "train_mb_size": constants.BATCH_SIZE,
+        "eval_mb_size": 1000,
+        "plugins": plugins,
+        "device": constants.DEVICE,
+    }
 
 
 def main() -> None:
@@ -201,57 +203,62 @@ def main() -> None:
         return look(Path(constants.LOAD), constants)
     images = prepare(constants)
     for seed in constants.SEEDS:
-        train_along_stream(images, constants, seed)
+        run(images, constants, seed)
 
 
-def train_along_stream(images, constants: SimpleNamespace, seed: int) -> None:
-    """One run: train on each experience, then sample, reconstruct and evaluate."""
-    import torch
+def run(images, constants: SimpleNamespace, seed: int) -> None:
+    """One run, unless it is finished already, and its picture."""
+    import numpy as np
 
     from figures import draw
 
     name, folder = f"generator, seed {seed}", run_folder(constants, images.name, "generator", seed)
     with only_process(folder, name, constants.FORCE):
         if (folder / "generator.json").exists():
-            return report(constants, f"{name}: finished already, in {folder}")
-        constants = for_seed(constants, seed)
-        benchmark = make_benchmark(images, constants)
-        strategy = make_generator_strategy(images.train[0].shape[1:], constants)
-        record = run_record(constants, "generator", "generator", seed, images.notice)
-        generator, pictures = strategy.model, []
-        if state := restore(folder, strategy):
-            record, pictures = state["record"], state["pictures"]
-            report(constants, f"{name}: goes on after experience {len(pictures)}")
-        matrix = record.setdefault("loss_matrix", [])
-        started = time.perf_counter() - record["seconds"]
-        # The same test images each time, of all classes: also of those yet to come.
-        originals, labels = one_of_each(images, constants)
-
-        for experience in benchmark.train_stream[len(matrix) :]:
-            strategy.train(experience)
-            metrics = strategy.eval(benchmark.test_stream)
-            matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
-            reconstructions = torch.full_like(originals, torch.nan)  # what only a VAE has
-            if hasattr(generator, "reconstruct"):
-                reconstructions = generator.reconstruct(originals, labels).cpu()
-            pictures.append([generator.generate(20).cpu(), reconstructions])
-            record["seconds"] = round(time.perf_counter() - started, 1)
-            save_state(folder, constants, strategy, record=record, pictures=pictures)
-            text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
-            text += f" {matrix[-1][len(matrix) - 1]:.1f}, {record['seconds']:.0f} s"
-            report(constants, text)
-
-        samples, reconstructions = (torch.stack(kind).numpy() for kind in zip(*pictures))
-        arrays = {
-            "samples": samples,
-            "originals": originals.cpu().numpy(),
-            "reconstructions": reconstructions,
-        }  # fmt: skip
-        write(folder / "samples.npz", arrays)
-        write(folder / "generator.json", record)  # last: it is finished
+            report(constants, f"{name}: finished already, in {folder}")
+        else:
+            learn(images, for_seed(constants, seed), seed, folder, name)
+    record = json.loads((folder / "generator.json").read_text(encoding="utf-8"))
     figures = Path(constants.RESULTS_DIR) / "figures"
-    write_figures(figures, {f"generator-seed{seed}": draw.generator(record, arrays)})
+    with np.load(folder / "samples.npz") as arrays:
+        write_figures(figures, {f"generator-seed{seed}": draw.generator(record, arrays)})
     print(f"{name}: {figures / f'generator-seed{seed}.png'}")
+
+
+def learn(images, constants: SimpleNamespace, seed: int, folder: Path, name: str) -> None:
+    """Train on each experience, then sample, reconstruct and evaluate; write what came out."""
+    import torch
+
+    benchmark = make_benchmark(images, constants)
+    strategy = make_generator_strategy(images.train[0].shape[1:], constants)
+    record = run_record(constants, "generator", "generator", seed, images.notice)
+    generator, pictures = strategy.model, []
+    if state := restore(folder, strategy):
+        record, pictures = state["record"], state["pictures"]
+        report(constants, f"{name}: goes on after experience {len(pictures)}")
+    matrix = record.setdefault("loss_matrix", [])
+    started = time.perf_counter() - record["seconds"]
+    # The same test images each time, of all classes: also of those yet to come.
+    originals, labels = one_of_each(images, constants)
+
+    for experience in benchmark.train_stream[len(matrix) :]:
+        strategy.train(experience)
+        metrics = strategy.eval(benchmark.test_stream)
+        matrix.append(metric_row(metrics, "Loss_Exp", constants.N_EXPERIENCES))
+        pictures.append([generator.generate(20).cpu()])
+        if hasattr(generator, "reconstruct"):
+            pictures[-1].append(generator.reconstruct(originals, labels).cpu())
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        save_state(folder, constants, strategy, record=record, pictures=pictures)
+        text = f"{name}: experience {len(matrix)}/{constants.N_EXPERIENCES}, loss on its images"
+        text += f" {matrix[-1][len(matrix) - 1]:.1f}, {record['seconds']:.0f} s"
+        report(constants, text)
+
+    kinds = (torch.stack(kind).numpy() for kind in zip(*pictures))
+    arrays = {"originals": originals.cpu().numpy()}
+    arrays |= zip(("samples", "reconstructions"), kinds)
+    write(folder / "samples.npz", arrays)
+    write(folder / "generator.json", record)  # last: it says that the run is finished
 
 
 def one_of_each(images: SimpleNamespace, constants: SimpleNamespace) -> tuple:
@@ -351,7 +358,8 @@ def load_images(name: str, data_dir: str, checksums: bool = True) -> SimpleNames
     if name == "digits":
         return load_digits()
     wanted = "mnist" if name == "auto" else name
-    folder = Path(os.path.expanduser(data_dir), PUBLISHED[wanted][0], "raw")
+    data_dir = os.path.expanduser(data_dir)
+    folder = Path(data_dir, PUBLISHED[wanted][0], "raw")
     absent = [file for file in FILES if not os.path.exists(folder / file)]
     try:
         if absent and checksums:
@@ -683,6 +691,7 @@ def read_constants(*scripts: ModuleType) -> SimpleNamespace:
     for name, words in vars(changes).items():
         if words is not None:
             is_text = isinstance(constants[name], str)  # a folder may be called 2024
+            is_text |= name in ("LOAD", "SUMMARIZE") and words != ["none"]
             values = words if is_text else [literal(word) for word in words]
             values = values or [True]
             sequence = isinstance(constants[name], (tuple, list)) or len(values) > 1
@@ -723,19 +732,25 @@ def choose_device(name: str) -> str:
 def run_folder(constants: SimpleNamespace, dataset: str, strategy: str, seed: int) -> Path:
     """Folder of one run's results. Its name tells apart whatever changes the numbers.
 
-    That is the constants and the code of the four scripts (but for comments, and the values of the
-    constants there). Device, threads and versions are left out: they change the last digits.
+    That is the constants and the code of the four scripts (but for comments, docstrings and the
+    values of the constants there). Device, threads and versions of packages are left out: they
+    change the last digits.
     """
     others = (
         "SEEDS", "DATA_DIR", "RESULTS_DIR", "DEVICE", "FORCE", "QUIET", "LOAD", "STRATEGIES",
         "ABLATION", "N_JOBS", "BACKEND", "SCHEDULER", "TENSORBOARD", "SUMMARIZE",
     )  # fmt: skip
     deciding = {name: value for name, value in vars(constants).items() if name not in others}
-    code = []
+    source = []
     for script in ("GenerativeModel", "TrainingInstances", "Generator", "GenerativeReplay"):
         tree = ast.parse(Path(__file__).with_name(f"{script}.py").read_text(encoding="utf-8"))
-        code += [ast.dump(node) for node in tree.body if not isinstance(node, ast.Assign)]
-    text = json.dumps([deciding, code], sort_keys=True)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body[0] = ast.Pass()
+        source += [
+            ast.dump(node) for node in tree.body if not isinstance(node, ast.Assign | ast.Expr)
+        ]
+    text = json.dumps([deciding, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(constants.RESULTS_DIR) / f"{dataset}-{strategy}-{digest}-seed{seed}"
 
@@ -757,8 +772,10 @@ def only_process(folder: Path, name: str, anew: bool = False) -> Iterator[None]:
         print(f"{name}: another process is at it, waiting for that", flush=True)
         lock.acquire()
     try:
-        for file in ("results.json", "generator.json", "state.pt") if anew else ():
-            (folder / file).unlink(missing_ok=True)
+        if anew:
+            for file in ("results.json", "generator.json", "state.pt"):
+                (folder / file).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         yield
     except FloatingPointError as error:
         state = folder / "state.pt"
@@ -947,7 +964,7 @@ def interruptible(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        text = "\ninterrupted; the same command goes on after the last experience that was finished"
+        text = "\ninterrupted; the same command, without --force, goes on after the last experience"
         print(text, file=sys.stderr, flush=True)
         atexit._run_exitfuncs()  # joblib's, which end its processes
         os._exit(130)  # what else Python does at its end takes seconds

@@ -45,26 +45,9 @@ from avalanche.training.utils import cycle  # noqa: E402
 
 from GenerativeModel import critic_loss, negative_elbo  # noqa: E402
 
-
-def check_generator(generator: object, name: str, labels: str = "solver") -> None:
-    """See to it that a generator has what replay asks of it: the contract of `GenerativeModel`.
-
-    :param name: what to call it in an error.
-    :param labels: who labels what it paints, see `ReplayedData`.
-    :raises TypeError: if it lacks something; the message names it.
-    """
-    kind = f"{name} is a {type(generator).__name__}"
-    if not isinstance(generator, Module):
-        raise TypeError(f"{kind}, not a torch.nn.Module: replay needs a copy of all that it is")
-    if not callable(getattr(generator, "generate", None)):
-        raise TypeError(f"{kind} without generate(batch_size, condition); see GenerativeModel")
-    if labels == "generator" and not knows_classes(generator):
-        raise TypeError(f"{kind} that knows no classes (see GenerativeModel): let the solver label")
-
-
-def knows_classes(generator: Module) -> bool:
-    """Whether a generator can be asked for a class, and so label what it paints."""
-    return getattr(generator, "classes", lambda: None)() is not None
+# ------------------------------------------------------------------------------------------------
+# Replay
+# ------------------------------------------------------------------------------------------------
 
 
 class ReplayedData(GenerativeReplayPlugin):
@@ -142,9 +125,9 @@ class ReplayedData(GenerativeReplayPlugin):
             x, y = self.paint(amount, self.old_generator, self.old_model)
         x, y = x.to(strategy.device), y.to(strategy.device)
         # Only one head and no task identity: replayed samples take the task label of the first.
-        constants = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
+        task_labels = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         strategy.mbatch = [
-            torch.cat(pair) for pair in zip(strategy.mbatch, [x, y, *constants], strict=True)
+            torch.cat(pair) for pair in zip(strategy.mbatch, [x, y, *task_labels], strict=True)
         ]
 
     def paint(self, amount: int, generator: Module, solver: Module | None) -> tuple[Tensor, Tensor]:
@@ -242,6 +225,300 @@ class ReplayedLatents(ReplayedData):
         """Take the replayed samples out again."""
         super().after_update(strategy, **kwargs)
         self.codes = None
+
+
+def check_generator(generator: object, name: str, labels: str = "solver") -> None:
+    """See to it that a generator has what replay asks of it: the contract of `GenerativeModel`.
+
+    :param name: what to call it in an error.
+    :param labels: who labels what it paints, see `ReplayedData`.
+    :raises TypeError: if it lacks something; the message names it.
+    """
+    kind = f"{name} is a {type(generator).__name__}"
+    if not isinstance(generator, Module):
+        raise TypeError(f"{kind}, not a torch.nn.Module: replay needs a copy of all that it is")
+    if not callable(getattr(generator, "generate", None)):
+        raise TypeError(f"{kind} without generate(batch_size, condition); see GenerativeModel")
+    if labels == "generator" and not knows_classes(generator):
+        raise TypeError(f"{kind} that knows no classes (see GenerativeModel): let the solver label")
+
+
+def knows_classes(generator: Module) -> bool:
+    """Whether a generator can be asked for a class, and so label what it paints."""
+    return hasattr(generator, "draw_labels") and generator.classes() is not None
+
+
+# ------------------------------------------------------------------------------------------------
+# The strategies
+# ------------------------------------------------------------------------------------------------
+
+
+class EvaluationOnly(EvaluationPlugin):
+    """An `EvaluationPlugin` for metrics of the evaluation alone, without the hooks of training.
+
+    Avalanche's own copies the experience at each of the eight hooks of an iteration, which costs
+    a third of a millisecond even if no metric listens. Use that one for training metrics.
+    """
+
+    def __getattribute__(self, name: str):
+        if name.startswith(("before_", "after_")) and "eval" not in name:
+            raise AttributeError(name)  # Avalanche skips hooks that a plugin doesn't have
+        return super().__getattribute__(name)
+
+
+class ScholarTemplate(SupervisedTemplate):
+    """What the strategies of solver and generator share: the weighted loss and fast data loading.
+
+    Without replay it is plain fine-tuning.
+
+    :param replay: the plugin that extends the minibatches, or None.
+    :param iterations: minibatches in an epoch, whatever the size of the dataset (as van de Ven et
+        al. do); None: one pass through it, as in Avalanche.
+    :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        replay: ReplayedData | None = None,
+        iterations: int | None = None,
+        plugins: Sequence | None = None,
+        **base_kwargs,
+    ):
+        if replay and replay.generator_strategy is None:
+            check_generator(base_kwargs["model"], "model", replay.labels)
+        self.replay, self.iterations = replay, iterations
+        super().__init__(plugins=[*(plugins or []), *([replay] if replay else [])], **base_kwargs)
+
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
+        """Output of the model: without task identity, whatever task labels a benchmark brings."""
+        return self.model(self.mb_x)
+
+    def criterion(self) -> Tensor:
+        """Present and past, weighted (Shin et al. 2017, eq. 1): r·L(current) + (1 - r)·L(replay).
+
+        Each L is a mean over samples, so that r decides how much the past matters; how many samples
+        stand for it only decides how noisy its gradient is.
+        """
+        mean_loss = self.mean_loss()
+        current_size = self.replay.current_size if self.replay else len(self.mb_x)
+        if self.is_eval or len(self.mb_x) == current_size:
+            loss = mean_loss(slice(None))
+            self.current_loss = loss.detach()
+            return loss
+        current, replayed = mean_loss(slice(current_size)), mean_loss(slice(current_size, None))
+        self.current_loss = current.detach()
+        r = self.replay.importance
+        return r * current + (1 - r) * replayed
+
+    def mean_loss(self) -> Callable[[slice], Tensor]:
+        """The mean loss over a part of the minibatch, as a function of the part."""
+        return lambda part: self._criterion(self.mb_output[part], self.mb_y[part])
+
+    def make_train_dataloader(self, shuffle: bool = True, **kwargs):
+        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
+        if hasattr(self.adapted_dataset, "tensors"):
+            self.dataloader = self._tensor_loader(self.train_mb_size, shuffle)
+        else:
+            super().make_train_dataloader(shuffle=shuffle, **kwargs)
+        if self.iterations is not None:
+            self.dataloader = FixedIterations(self.dataloader, self.iterations)
+
+    def make_eval_dataloader(self, **kwargs):
+        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
+        if hasattr(self.adapted_dataset, "tensors"):
+            self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
+        else:
+            super().make_eval_dataloader(**kwargs)
+
+    def _train_cleanup(self):
+        super()._train_cleanup()
+        # The last gradient of a unit that only one image has activated is that image, scaled.
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict:
+        """What has to survive between two experiences: model, optimizer, counters and plugins.
+
+        Tensors and plain values, so that `torch.load` reads it with `weights_only=True`. Plugins
+        of your own that remember something have to bring these two methods as well.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clock": dict(vars(self.clock)),
+            "plugins": [plugin.state_dict() for plugin in self._stateful()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was called, in a strategy that was built in the same way."""
+        self.model.to(self.device)
+        self.make_optimizer(reset_optimizer_state=True)  # or the next train() does, and forgets
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self.clock).update(state["clock"])
+        for plugin, own in zip(self._stateful(), state["plugins"], strict=True):
+            plugin.load_state_dict(own)
+        if self.replay and self.replay.seen_classes is not None:
+            self.replay.seen_classes = self.replay.seen_classes.to(self.device)
+
+    def _stateful(self) -> list:
+        return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]
+
+    def _tensor_loader(self, batch_size: int, shuffle: bool) -> "TensorLoader":
+        tensors = [tensor.to(self.device) for tensor in self.adapted_dataset.tensors]
+        return TensorLoader(tensors, batch_size, shuffle)
+
+
+class GeneratorTraining(ScholarTemplate):
+    """Trains a generator along a stream, each experience with replay of its own past.
+
+    If it knows its classes, it paints each equally often, and replayed images carry their labels.
+
+    :param model: a `GenerativeModel`; its `forward` takes images and their class labels.
+    :param criterion: (images, model output) -> loss of each image.
+    :param replayed_data: the kind of replay.
+    :param replay_size: see `ReplayedData`, as the next two.
+    :param increasing_replay_size: ..
+    :param ratio: ..
+    :param evaluator: an `EvaluationPlugin`; by default one without metrics.
+    :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Module,
+        criterion: Callable,
+        replayed_data: type[ReplayedData] = ReplayedData,
+        replay_size: int | None = None,
+        increasing_replay_size: bool = False,
+        ratio: float | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = EvaluationOnly,
+        **base_kwargs,
+    ):
+        labels = "generator" if knows_classes(model) else "solver"
+        replay = replayed_data(None, replay_size, increasing_replay_size, ratio, labels=labels)
+        own = {"model": model, "criterion": criterion, "replay": replay, "evaluator": evaluator}
+        super().__init__(**own, **base_kwargs)
+
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
+        """Output of the model, which may read the labels."""
+        return self.model(self.mb_x, self.mb_y)
+
+    def mean_loss(self) -> Callable[[slice], Tensor]:
+        """The mean loss over a part of the minibatch, as a function of the part."""
+        losses = self._criterion(self.mb_x, self.mb_output)
+        return lambda part: losses[part].mean()
+
+
+class VAETraining(GeneratorTraining):
+    """Trains a `VAE`; if it knows its classes, replay is by latents (`ReplayedLatents`).
+
+    If it draws from mixtures, they are fitted to the encodings of each experience's images at its
+    end. For the parameters see `GeneratorTraining`.
+    """
+
+    def __init__(self, *, model: Module, criterion: Callable = negative_elbo, **base_kwargs):
+        self.mixtures = getattr(model, "mixtures", None)
+        if knows_classes(model):
+            base_kwargs["replayed_data"] = ReplayedLatents
+        super().__init__(model=model, criterion=criterion, **base_kwargs)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Output of the model; the codes of replayed images are decoded as they are."""
+        codes = getattr(self.replay, "codes", None)
+        if codes is None:
+            return super().forward()
+        current = slice(self.replay.current_size)
+        return self.model(self.mb_x[current], self.mb_y[current], codes)
+
+    def _after_training_exp(self, **kwargs):
+        if self.mixtures is not None:
+            self.make_eval_dataloader(**kwargs)
+            with torch.no_grad():
+                pairs = [
+                    (self.model.encode(x.to(self.device))[0], y) for x, y, *_ in self.dataloader
+                ]
+            self.mixtures.fit(*map(torch.cat, zip(*pairs)))
+        super()._after_training_exp(**kwargs)
+
+
+class WGANTraining(GeneratorTraining):
+    """Trains a `WGAN`: an objective that alternates, fitted into Avalanche's one loss and step.
+
+    An iteration is a step of the critic; every n-th is followed by a step of the painter. One
+    optimizer does for both: a parameter without gradient is left alone, with all that Adam knows
+    of it. Replayed images count as real ones, with their importance (Shin et al. 2017, section 3).
+
+    :param n_critic: steps of the critic for each of the painter (Gulrajani et al., algorithm 1).
+    :param base_kwargs: as for `GeneratorTraining`; the criterion is the critic's.
+    """
+
+    def __init__(self, *, criterion: Callable = critic_loss, n_critic: int = 5, **base_kwargs):
+        self.n_critic = n_critic
+        super().__init__(criterion=criterion, **base_kwargs)
+
+    def optimizer_step(self):
+        """The critic's, whose gradients are there; and when it is its turn, the painter's."""
+        super().optimizer_step()
+        if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
+            self.optimizer.zero_grad()
+            loss = -self.model.critic(self.model.paint(len(self.mb_x))).mean()
+            loss.backward(inputs=list(self.model.painter.parameters()))
+            super().optimizer_step()
+
+
+class GenerativeReplay(ScholarTemplate):
+    """Deep Generative Replay: trains the solver, and after each experience the generator.
+
+    :param generator_strategy: what trains the generator, such as `VAETraining`: anything that has
+        a generator as `model` and `train(experience)`, see `GenerativeModel`.
+    :param replay_size: see `ReplayedData`, as the next four.
+    :param increasing_replay_size: ..
+    :param ratio: ..
+    :param temperature: ..
+    :param labels: ..
+    :param base_kwargs: as for `ScholarTemplate` (model, the solver; optimizer, iterations, device,
+        ...); its criterion, by default the cross-entropy, is of the real images only if there is a
+        temperature.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator_strategy: SupervisedTemplate,
+        replay_size: int | None = None,
+        increasing_replay_size: bool = False,
+        ratio: float | None = None,
+        temperature: float | None = None,
+        labels: str = "solver",
+        **base_kwargs,
+    ):
+        replay = ReplayedData(
+            generator_strategy, replay_size, increasing_replay_size, ratio, temperature, labels
+        )
+        super().__init__(replay=replay, **base_kwargs)
+
+    def mean_loss(self) -> Callable[[slice], Tensor]:
+        """The mean loss over a part of the minibatch; over replayed samples with soft targets.
+
+        With a temperature T that is the cross-entropy of softmax(logits / T) to the old solver's,
+        without the customary factor T² (Hinton et al. 2015, section 2). That takes weight from the
+        past, which was better in trials: the old solver's probabilities teach more than labels do.
+        """
+        hard, temperature = super().mean_loss(), self.replay.temperature
+
+        def mean_loss(part: slice) -> Tensor:
+            if temperature is None or part.start is None:  # real images
+                return hard(part)
+            return cross_entropy(self.mb_output[part] / temperature, self.replay.targets)
+
+        return mean_loss
+
+
+# ------------------------------------------------------------------------------------------------
+# What goes along with them: plugins, loaders, a benchmark in memory
+# ------------------------------------------------------------------------------------------------
 
 
 class Annealing(LRSchedulerPlugin):
@@ -380,6 +657,14 @@ class Progress(SupervisedPlugin):
         self.losses = state["losses"]
 
 
+class WhileTraining(Sequential):
+    """Modules that act on the input in training mode only, such as random transforms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input through the modules; in evaluation mode as it is."""
+        return super().forward(x) if self.training else x
+
+
 class TensorLoader:
     """Minibatches of tensors that lie in memory.
 
@@ -446,295 +731,3 @@ def in_memory_benchmark(
     streams = {"train": train, "test": test}
     datasets = {name: [in_memory_dataset(x, y) for x, y in s] for name, s in streams.items()}
     return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
-
-
-class EvaluationOnly(EvaluationPlugin):
-    """An `EvaluationPlugin` for metrics of the evaluation alone, without the hooks of training.
-
-    Avalanche's own copies the experience at each of the eight hooks of an iteration, which costs
-    a third of a millisecond even if no metric listens. Use that one for training metrics.
-    """
-
-    def __getattribute__(self, name: str):
-        if name.startswith(("before_", "after_")) and "eval" not in name:
-            raise AttributeError(name)  # Avalanche skips hooks that a plugin doesn't have
-        return super().__getattribute__(name)
-
-
-class WhileTraining(Sequential):
-    """Modules that act on the input in training mode only, such as random transforms."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The input through the modules; in evaluation mode as it is."""
-        return super().forward(x) if self.training else x
-
-
-class ScholarTemplate(SupervisedTemplate):
-    """What the strategies of solver and generator share: the weighted loss and fast data loading.
-
-    Without replay it is plain fine-tuning.
-
-    :param replay: the plugin that extends the minibatches, or None.
-    :param iterations: minibatches in an epoch, whatever the size of the dataset (as van de Ven et
-        al. do); None: one pass through it, as in Avalanche.
-    :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
-    """
-
-    def __init__(
-        self,
-        *,
-        replay: ReplayedData | None = None,
-        iterations: int | None = None,
-        plugins: Sequence | None = None,
-        **base_kwargs,
-    ):
-        if replay and replay.generator_strategy is None:
-            check_generator(base_kwargs["model"], "model", replay.labels)
-        self.replay, self.iterations = replay, iterations
-        super().__init__(plugins=[*(plugins or []), *([replay] if replay else [])], **base_kwargs)
-
-    def forward(self) -> Tensor | tuple[Tensor, ...]:
-        """Output of the model: without task identity, whatever task labels a benchmark brings."""
-        return self.model(self.mb_x)
-
-    def criterion(self) -> Tensor:
-        """Present and past, weighted (Shin et al. 2017, eq. 1): r·L(current) + (1 - r)·L(replay).
-
-        Each L is a mean over samples, so that r decides how much the past matters; how many samples
-        stand for it only decides how noisy its gradient is.
-        """
-        mean_loss = self.mean_loss()
-        current_size = self.replay.current_size if self.replay else len(self.mb_x)
-        if self.is_eval or len(self.mb_x) == current_size:
-            loss = mean_loss(slice(None))
-            self.current_loss = loss.detach()
-            return loss
-        current, replayed = mean_loss(slice(current_size)), mean_loss(slice(current_size, None))
-        self.current_loss = current.detach()
-        r = self.replay.importance
-        return r * current + (1 - r) * replayed
-
-    def mean_loss(self) -> Callable[[slice], Tensor]:
-        """The mean loss over a part of the minibatch, as a function of the part."""
-        return lambda part: self._criterion(self.mb_output[part], self.mb_y[part])
-
-    def make_train_dataloader(self, shuffle: bool = True, **kwargs):
-        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
-        if hasattr(self.adapted_dataset, "tensors"):
-            self.dataloader = self._tensor_loader(self.train_mb_size, shuffle)
-        else:
-            super().make_train_dataloader(shuffle=shuffle, **kwargs)
-        if self.iterations is not None:
-            self.dataloader = FixedIterations(self.dataloader, self.iterations)
-
-    def make_eval_dataloader(self, **kwargs):
-        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
-        if hasattr(self.adapted_dataset, "tensors"):
-            self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
-        else:
-            super().make_eval_dataloader(**kwargs)
-
-    def _train_cleanup(self):
-        super()._train_cleanup()
-        # The last gradient of a unit that only one image has activated is that image, scaled.
-        self.optimizer.zero_grad()
-
-    def state_dict(self) -> dict:
-        """What has to survive between two experiences: model, optimizer, counters and plugins.
-
-        Tensors and plain values, so that `torch.load` reads it with `weights_only=True`. Plugins
-        of your own that remember something have to bring these two methods as well.
-        """
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "clock": dict(vars(self.clock)),
-            "plugins": [plugin.state_dict() for plugin in self._stateful()],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was called, in a strategy that was built in the same way."""
-        self.model.to(self.device)
-        self.make_optimizer(reset_optimizer_state=True)  # or the next train() does, and forgets
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        vars(self.clock).update(state["clock"])
-        for plugin, own in zip(self._stateful(), state["plugins"], strict=True):
-            plugin.load_state_dict(own)
-        if self.replay and self.replay.seen_classes is not None:
-            self.replay.seen_classes = self.replay.seen_classes.to(self.device)
-
-    def _stateful(self) -> list:
-        return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]
-
-    def _tensor_loader(self, batch_size: int, shuffle: bool) -> TensorLoader:
-        tensors = [tensor.to(self.device) for tensor in self.adapted_dataset.tensors]
-        return TensorLoader(tensors, batch_size, shuffle)
-
-
-class GeneratorTraining(ScholarTemplate):
-    """Trains a generator along a stream, each experience with replay of its own past.
-
-    If it knows its classes, it paints each equally often, and replayed images carry their labels.
-
-    :param model: a `GenerativeModel`; its `forward` takes images and their class labels.
-    :param optimizer: its optimizer.
-    :param criterion: (images, model output) -> loss of each image.
-    :param replayed_data: the kind of replay.
-    :param replay_size: see `ReplayedData`, as the next two.
-    :param increasing_replay_size: ..
-    :param ratio: ..
-    :param evaluator: an `EvaluationPlugin`; by default one without metrics.
-    :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
-    """
-
-    def __init__(
-        self,
-        *,
-        model: Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: Callable,
-        replayed_data: type[ReplayedData] = ReplayedData,
-        replay_size: int | None = None,
-        increasing_replay_size: bool = False,
-        ratio: float | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = EvaluationOnly,
-        **base_kwargs,
-    ):
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=criterion,
-            replay=replayed_data(
-                None,
-                replay_size,
-                increasing_replay_size,
-                ratio,
-                labels="generator" if knows_classes(model) else "solver",
-            ),
-            evaluator=evaluator,
-            **base_kwargs,
-        )
-
-    def forward(self) -> Tensor | tuple[Tensor, ...]:
-        """Output of the model, which may read the labels."""
-        return self.model(self.mb_x, self.mb_y)
-
-    def mean_loss(self) -> Callable[[slice], Tensor]:
-        """The mean loss over a part of the minibatch, as a function of the part."""
-        losses = self._criterion(self.mb_x, self.mb_output)
-        return lambda part: losses[part].mean()
-
-
-class VAETraining(GeneratorTraining):
-    """Trains a `VAE`; if it knows its classes, replay is by latents (`ReplayedLatents`).
-
-    If it draws from mixtures, they are fitted to the encodings of each experience's images at its
-    end. For the parameters see `GeneratorTraining`.
-    """
-
-    def __init__(self, *, model: Module, criterion: Callable = negative_elbo, **base_kwargs):
-        self.mixtures = getattr(model, "mixtures", None)
-        if knows_classes(model):
-            base_kwargs["replayed_data"] = ReplayedLatents
-        super().__init__(model=model, criterion=criterion, **base_kwargs)
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """Output of the model; the codes of replayed images are decoded as they are."""
-        codes = getattr(self.replay, "codes", None)
-        if codes is None:
-            return super().forward()
-        current = slice(self.replay.current_size)
-        return self.model(self.mb_x[current], self.mb_y[current], codes)
-
-    def _after_training_exp(self, **kwargs):
-        if self.mixtures is not None:
-            self.make_eval_dataloader(**kwargs)
-            with torch.no_grad():
-                pairs = [
-                    (self.model.encode(x.to(self.device))[0], y) for x, y, *_ in self.dataloader
-                ]
-            self.mixtures.fit(*map(torch.cat, zip(*pairs)))
-        super()._after_training_exp(**kwargs)
-
-
-class WGANTraining(GeneratorTraining):
-    """Trains a `WGAN`: an objective that alternates, fitted into Avalanche's one loss and step.
-
-    An iteration is a step of the critic; every n-th is followed by a step of the painter. One
-    optimizer does for both: a parameter without gradient is left alone, with all that Adam knows
-    of it. Replayed images count as real ones, with their importance (Shin et al. 2017, section 3).
-
-    :param n_critic: steps of the critic for each of the painter (Gulrajani et al., algorithm 1).
-    :param base_kwargs: as for `GeneratorTraining`; the criterion is the critic's.
-    """
-
-    def __init__(self, *, criterion: Callable = critic_loss, n_critic: int = 5, **base_kwargs):
-        self.n_critic = n_critic
-        super().__init__(criterion=criterion, **base_kwargs)
-
-    def optimizer_step(self):
-        """The critic's, whose gradients are there; and when it is its turn, the painter's."""
-        super().optimizer_step()
-        if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
-            self.optimizer.zero_grad()
-            loss = -self.model.critic(self.model.paint(len(self.mb_x))).mean()
-            loss.backward(inputs=list(self.model.painter.parameters()))
-            super().optimizer_step()
-
-
-class GenerativeReplay(ScholarTemplate):
-    """Deep Generative Replay: trains the solver, and after each experience the generator.
-
-    :param model: the solver.
-    :param optimizer: the solver's optimizer.
-    :param generator_strategy: what trains the generator, such as `VAETraining`: anything that has
-        a generator as `model` and `train(experience)`, see `GenerativeModel`.
-    :param criterion: (logits, labels) -> mean loss; with a temperature of the real images only.
-    :param replay_size: see `ReplayedData`, as the next four.
-    :param increasing_replay_size: ..
-    :param ratio: ..
-    :param temperature: ..
-    :param labels: ..
-    :param base_kwargs: as for `ScholarTemplate` (iterations, train_mb_size, device, ...).
-    """
-
-    def __init__(
-        self,
-        *,
-        model: Module,
-        optimizer: torch.optim.Optimizer,
-        generator_strategy: SupervisedTemplate,
-        criterion: Callable = cross_entropy,
-        replay_size: int | None = None,
-        increasing_replay_size: bool = False,
-        ratio: float | None = None,
-        temperature: float | None = None,
-        labels: str = "solver",
-        **base_kwargs,
-    ):
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=criterion,
-            replay=ReplayedData(
-                generator_strategy, replay_size, increasing_replay_size, ratio, temperature, labels
-            ),
-            **base_kwargs,
-        )
-
-    def mean_loss(self) -> Callable[[slice], Tensor]:
-        """The mean loss over a part of the minibatch; over replayed samples with soft targets.
-
-        With a temperature T that is the cross-entropy of softmax(logits / T) to the old solver's,
-        without the customary factor T² (Hinton et al. 2015, section 2). That takes weight from the
-        past, which was better in trials: the old solver's probabilities teach more than labels do.
-        """
-        hard, temperature = super().mean_loss(), self.replay.temperature
-
-        def mean_loss(part: slice) -> Tensor:
-            if temperature is None or part.start is None:  # real images
-                return hard(part)
-            return cross_entropy(self.mb_output[part] / temperature, self.replay.targets)
-
-        return mean_loss

@@ -44,9 +44,10 @@ def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
     if all("sample_quality" in run for run in runs):
         figures["generators"] = generators(runs)
     for name, own in names.items():
-        of_one = [accuracy_matrix, confusion_matrix, forgetting, losses]
-        if (own[0]["folder"] / "samples.npz").exists():
-            of_one.append(samples)
+        of_one = [accuracy_matrix, confusion_matrix, forgetting]
+        for function in samples, losses:
+            if all((run["folder"] / f"{function.__name__}.npz").exists() for run in own):
+                of_one.append(function)
         ending = "-" + re.sub(r"\W+", "-", name).strip("-")
         figures |= {function.__name__ + ending: function(own) for function in of_one}
     return figures
@@ -54,23 +55,21 @@ def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
 
 def title(what: str, runs: list[dict]) -> str:
     """Title of a figure: what it shows, of which runs, and the notice that goes with it."""
-    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
     parts = ["/".join(sorted({run["dataset"] for run in runs}))]
     if len(names := tables.by_name(runs)) == 1:
         parts += names
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
-    parts += ["validation images"] if first["constants"]["VALIDATION_SIZE"] else []
-    text = f"{what} ({', '.join(parts)})"
-    return f"{text}\n{first['notice']}" if first["notice"] else text
+    if any(run["constants"]["VALIDATION_SIZE"] for run in runs):
+        parts.append("validation images")
+    return "\n".join([f"{what} ({', '.join(parts)})", *sorted({r["notice"] for r in runs} - {""})])
 
 
-def class_groups(run: dict) -> list[str]:
-    """Names of the experiences on the axes: their classes; numbers where each seed has its own."""
-    constants = run["constants"]
-    groups = np.array_split(constants["CLASS_ORDER"], constants["N_EXPERIENCES"])
-    if constants["SHUFFLE_CLASSES"]:
-        return [str(number) for number in range(1, len(groups) + 1)]
-    return [" ".join(map(str, group)) for group in groups]
+def class_groups(runs: list[dict]) -> list[str]:
+    """Names of the experiences: their classes; numbers where the runs differ in them."""
+    orders = {tuple(run["constants"]["CLASS_ORDER"]) for run in runs}
+    groups = np.array_split(orders.pop(), runs[0]["constants"]["N_EXPERIENCES"])
+    return [str(i) if orders else " ".join(map(str, group)) for i, group in enumerate(groups, 1)]
 
 
 def styled(runs: list[dict]) -> Iterator[tuple[list[dict], dict]]:
@@ -123,8 +122,7 @@ def samples(runs: list[dict]) -> plt.Figure:
     experiences, columns = images.shape[:2]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
     order = run["constants"]["CLASS_ORDER"]
-    groups = np.array_split(order, experiences)
-    show_rows(axes, images, [" ".join(map(str, group)) for group in groups])
+    show_rows(axes, images, class_groups([run]))
     separate_pairs(axes, columns // 2)
     axes.set_xticks((np.arange(len(order)) + 0.5) * axes.get_xlim()[1] / len(order), order)
     axes.set_ylabel("after experience (its classes)")
@@ -143,7 +141,7 @@ def generator(run: dict, arrays: dict) -> plt.Figure:
     rows = 1 if reconstructions is None else 2
     height = rows * (0.5 + WIDTH * 0.93 * len(images) / images.shape[1])
     figure, axes = plt.subplots(rows, figsize=(WIDTH, height), squeeze=False)
-    labels = class_groups(run | {"constants": run["constants"] | {"SHUFFLE_CLASSES": False}})
+    labels = class_groups([run])
     upper = axes[0, 0]
     show_rows(upper, images, labels)
     upper.set_title(title("Samples", [run]))
@@ -167,13 +165,12 @@ def look(run: dict, arrays: dict) -> plt.Figure:
         "reconstructions": "Test images (above), and their reconstructions",
         "walk": "From one digit to another, along a straight line in latent space",
     }
-    shown = {name: images for name, images in arrays.items() if name in titles}
-    heights = [len(images) / images.shape[1] for images in shown.values()]
+    heights = [len(images) / images.shape[1] for images in arrays.values()]
     figure, axes = plt.subplots(
-        len(shown), figsize=(WIDTH, sum(0.35 + WIDTH * 0.95 * height for height in heights)),
+        len(arrays), figsize=(WIDTH, sum(0.35 + WIDTH * 0.95 * height for height in heights)),
         height_ratios=heights, squeeze=False,
     )  # fmt: skip
-    for one, (name, images) in zip(axes[:, 0], shown.items()):
+    for one, (name, images) in zip(axes[:, 0], arrays.items()):
         show_rows(one, images, [""] * len(images))
         one.set_title(titles[name])
     return figure
@@ -186,7 +183,7 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     matrix[np.triu_indices(len(matrix), 1)] = np.nan
     lowest = 10 * np.floor(np.nanmin(matrix) / 10)  # or all that is good would look the same
     norm = Normalize(min(lowest, 90), 100)
-    axes, figure = heat_map(matrix, class_groups(runs[0]), "accuracy (%)", norm)
+    axes, figure = heat_map(matrix, class_groups(runs), "accuracy (%)", norm)
     axes.set(xlabel="tested on (classes)", ylabel="after experience (its classes)")
     axes.set_title(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
     return figure
@@ -236,7 +233,9 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         band(axes, x, curves, **style)
         if curves.mean(0).min() > 80:
             close.append((x, curves, style))
-    if len({run["constants"]["N_EXPERIENCES"] for run in runs}) == 1:
+    counts = {run["constants"]["N_EXPERIENCES"] for run in runs}
+    ticks = np.arange(1, max(counts) + 1)
+    if len(counts) == 1:
         order = runs[0]["constants"]["CLASS_ORDER"]
         classes = np.cumsum([len(group) for group in np.array_split(order, len(x))])
         chance = 100 / classes
@@ -245,11 +244,13 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         larger = axes.inset_axes((0.4, 0.4, 0.57, 0.44))
         for curve in close:
             band(larger, *curve[:2], **curve[2])
-        larger.set_xticks(x)
+        larger.set_xticks(ticks)
         larger.tick_params(labelsize="small")
         larger.grid(alpha=0.3)
         axes.indicate_inset_zoom(larger)
-    axes.set(xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=x)
+    axes.set(
+        xlabel="experiences learned", ylabel="accuracy so far (%)", ylim=(0, 102), xticks=ticks
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, title="at the end (%)", fontsize="small")
     axes.set_title(title("Accuracy on all experiences so far", runs))
@@ -262,7 +263,7 @@ def forgetting(runs: list[dict]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
     matrices = 100 * np.array([run["accuracy_matrix"] for run in runs])
     x = np.arange(1, matrices.shape[1] + 1)
-    for j, label in enumerate(class_groups(runs[0])):
+    for j, label in enumerate(class_groups(runs)):
         style = {"marker": MARKERS[j % 9], "color": COLOURS[j % 8], "label": label}
         band(axes, x[j:], matrices[:, j:, j], **style)
     axes.set(xlabel="experiences learned", ylabel="accuracy (%)", xticks=x)

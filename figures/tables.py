@@ -31,10 +31,10 @@ def read_runs(
     known = {name: place for place, name in enumerate(order)}
     runs.sort(key=lambda run: known.get(run["name"], len(known)))
     datasets = {run["dataset"] for run in runs}
-    kinds = {(run["name"], kind(run)) for run in runs}
-    names = [name for name, _ in kinds]
+    kinds = {(run["dataset"], run["name"], kind(run)) for run in runs}
+    names = [names for *names, _ in kinds]
     for run in runs:  # what was run with several constants or data sets gets them into its name
-        if names.count(run["name"]) > 1:
+        if names.count([run["dataset"], run["name"]]) > 1:
             run["name"] += f" ({kind(run).rpartition('-')[2]})"
         if len(datasets) > 1:
             run["name"] = f"{run['dataset']}, {run['name']}"

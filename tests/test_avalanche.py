@@ -3,6 +3,7 @@
 import os
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -128,3 +129,8 @@ def test_a_stock_benchmark_with_transforms_runs():
     assert scholar.replay.experiences_learned == 2
     seen = {*stream[0].classes_in_this_experience, *stream[1].classes_in_this_experience}
     assert set(scholar.replay.seen_classes.tolist()) == seen
+
+
+def test_a_logger_of_ones_own_is_left_alone():
+    scholar = SimpleNamespace(evaluator=EvaluationPlugin(loggers=[TextLogger(StringIO())]))
+    GenerativeReplay.log_more(scholar, [], {"accuracy_matrix": [[1.0]]}, [])

@@ -114,12 +114,16 @@ def tiny_scholar(case):
     vae = GenerativeModel.VAE(case.shape, hidden_units=4, latent_size=2, mixtures=mixtures)
 
     def common(model, witness):
-        count = case.iterations or 1
-        anneal = case.anneal and case.iterations
-        optimising = Generator.training("model", model, 0.01, count, anneal)
-        optimising["plugins"].append(witness)
-        optimising["iterations"] = case.iterations
-        return {"model": model, **optimising, "train_mb_size": case.batch_size, **case.replay}
+        constants = SimpleNamespace(
+            LEARNING_RATE=0.01,
+            ITERATIONS=case.iterations or 1,
+            BATCH_SIZE=case.batch_size,
+            ANNEAL=case.anneal and case.iterations,
+            DEVICE="cpu",
+        )
+        arguments = Generator.strategy_arguments("model", model, constants)
+        arguments["plugins"].append(witness)
+        return arguments | {"iterations": case.iterations} | case.replay
 
     scholar = TrainingInstances.GenerativeReplay(
         generator_strategy=VAETraining(**common(vae, witnesses[1])),

@@ -258,6 +258,9 @@ def test_look_and_summarize_without_training(tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "both" / "elsewhere")
     both = run("GenerativeReplay.py", "--summarize", "both", cwd=tmp_path)
     assert both.returncode == 0 and all(line in both.stdout for line in table.splitlines()[1:4])
+    shutil.copytree(tmp_path / "both" / "elsewhere", tmp_path / "both" / "copy")
+    both = run("GenerativeReplay.py", "--summarize", "both", cwd=tmp_path)
+    assert both.stdout.count("naive, seed 0") == 1
     (tmp_path / "both" / "elsewhere").rename(tmp_path / "elsewhere")
     (naive,) = (tmp_path / "elsewhere").glob("*naive*")
     shutil.copytree(naive, tmp_path / "elsewhere" / "ablation" / naive.name)
@@ -298,6 +301,8 @@ def test_quiet_and_tensorboard(tmp_path):
     log.Reload()
     tags = log.Tags()
     assert len(log.Scalars("Loss_MB/generator")) == 5 * 20
+    assert run("GenerativeReplay.py", *arguments, "--force", cwd=tmp_path).returncode == 0
+    assert len(list(folder.iterdir())) == 1
     assert any("Loss_MB/train" in tag for tag in tags["scalars"])
     assert any("Top1_Acc_Exp" in tag for tag in tags["scalars"])
     assert "confusions" in tags["images"] and any("samples" in tag for tag in tags["images"])

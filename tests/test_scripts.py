@@ -101,7 +101,7 @@ def test_help_lists_every_constant_with_its_comment(script, tmp_path):
 
 def test_constants_from_the_command_line(monkeypatch):
     words = "x --batch-size 64 --seeds 3 1 --replay-size None --increasing-replay-size --ratio .5"
-    words += " --results-dir 2024"
+    words += " --results-dir 2024 --summarize 2025 --load none"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--class-order", *"9876543210"])
     constants = Generator.read_constants(Generator, GenerativeReplay)
     assert constants.BATCH_SIZE == 64 and constants.SEEDS == (3, 1) and constants.RATIO == 0.5
@@ -109,7 +109,8 @@ def test_constants_from_the_command_line(monkeypatch):
     assert constants.CLASS_ORDER == tuple(range(9, -1, -1))
     assert constants.LEARNING_RATE == Generator.LEARNING_RATE
     assert set(vars(constants)) == {*Generator.RULES, *GenerativeReplay.RULES}
-    assert constants.RESULTS_DIR == "2024"
+    assert constants.RESULTS_DIR == "2024" and constants.SUMMARIZE == "2025"
+    assert constants.LOAD is None
 
 
 def test_the_experiment_and_its_results(tmp_path):
@@ -183,7 +184,15 @@ def test_the_generator_script_falls_back_on_the_digits_and_says_so(tmp_path):
     arrays = np.load(folder / "samples.npz")
     assert arrays["samples"].shape == (2, 20, 1, 28, 28)
     assert arrays["reconstructions"].shape == (2, 10, 1, 28, 28)
-    assert (tmp_path / "results/figures/generator-seed0.png").stat().st_size > 10_000
+    picture = tmp_path / "results/figures/generator-seed0.png"
+    drawn = picture.read_bytes()
+    # Of another generator, which reconstructs nothing; and then the first again, from its files.
+    other = "--iterations", 10, "--n-experiences", 2, "--generator", "wgan-gp"
+    assert run("Generator.py", *other, cwd=tmp_path).returncode == 0
+    (arrays,) = [np.load(f) for f in tmp_path.rglob("samples.npz") if f.parent != folder]
+    assert set(arrays) == {"originals", "samples"} and picture.read_bytes() != drawn
+    again = run("Generator.py", "--iterations", 10, "--n-experiences", 2, cwd=tmp_path)
+    assert "finished already" in again.stdout and picture.read_bytes() == drawn
 
 
 def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):
@@ -254,7 +263,9 @@ def test_code_that_changes_makes_a_new_run_and_comments_do_not(tmp_path):
 
     before, path = folder(), tmp_path / "GenerativeModel.py"
     assert before == Generator.run_folder(all_constants(), "digits", "replay", 0).name
-    path.write_text(path.read_text() + "# a comment\n")
+    text = path.read_text().replace("One pass", "A pass").replace("A generative", "Any generative")
+    assert text != path.read_text()
+    path.write_text(text + "# a comment\n")
     assert folder() == before
     path.write_text(path.read_text().replace("nn.ReLU()", "nn.SiLU()"))
     assert folder() != before
