@@ -376,7 +376,7 @@ def quality(scholar, images: SimpleNamespace) -> dict:
 
 def matrix_in_words(matrix: list[list[float]]) -> str:
     """The accuracy matrix in percent, a line for each experience learned."""
-    title = "accuracy matrix (%): after each experience (rows) on each experience (columns)"
+    title = "accuracy matrix (%): rows after, columns on each experience"
     rows = ("".join(f"{100 * accuracy:7.2f}" for accuracy in row) for row in matrix)
     return "\n".join([title, *(f"{number:4} {row}" for number, row in enumerate(rows, 1))])
 

@@ -287,7 +287,8 @@ def losses(runs: list[dict]) -> plt.Figure:
         width = max(1, iterations // 100)  # iterations that a point is the mean of
         curves = np.stack([array[name][:, : iterations // width * width] for array in arrays])
         curves = curves.reshape(len(runs), -1, width).mean(2)
-        x = (np.arange(curves.shape[1]) + 0.5) * width
+        within = (np.arange(iterations // width) + 0.5) * width
+        x = np.add.outer(np.arange(experiences) * iterations, within).ravel()
         band(axes, x, curves, color=colour, linewidth=1)
         for start in range(1, experiences):
             axes.axvline(start * iterations, color="gray", linewidth=0.6)

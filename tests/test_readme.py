@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -106,3 +107,14 @@ def test_a_scholar_learns_folders_of_images(tmp_path, monkeypatch, capsys):
     assert found["scholar"].replay.seen_classes.tolist() == [0, 1, 2, 3]
     rows = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(row) for row in rows] == [2, 2]
+
+
+def test_the_drawings_of_the_method_are_what_their_script_draws(tmp_path):
+    shutil.copy(ROOT / "figures" / "schematics.py", tmp_path)
+    runpy.run_path(str(tmp_path / "schematics.py"), run_name="__main__")
+    drawn = {path.name for path in tmp_path.glob("scheme_*")}
+    assert len(drawn) == 10
+    assert drawn == {path.name for path in (ROOT / "figures").glob("scheme_*")}
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as new, Image.open(ROOT / "figures" / path.name) as old:
+            assert new.size == old.size

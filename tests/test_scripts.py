@@ -151,7 +151,7 @@ def test_the_experiment_and_its_results(tmp_path):
 
     # What is finished is not run again, unless that is asked for.
     times = {file: file.stat().st_mtime_ns for file in files}
-    skipped = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
+    skipped = run("GenerativeReplay.py", *arguments[:-2], cwd=tmp_path)
     assert skipped.stdout.count("finished already") == 6
     assert {file: file.stat().st_mtime_ns for file in files} == times
     assert skipped.stdout.split("forgetting")[1] == done.stdout.split("forgetting")[1]
@@ -162,8 +162,7 @@ def test_the_experiment_and_its_results(tmp_path):
 
     # A seed gives the same numbers alone as after another one; a file is no results folder.
     (tmp_path / "file").touch()
-    alone = *QUICK, "--n-jobs", 2, "--results-dir", "again"  # 2: with as many threads as before
-    again = run("GenerativeReplay.py", *alone, cwd=tmp_path)
+    again = run("GenerativeReplay.py", *QUICK, "--results-dir", "again", cwd=tmp_path)
     assert again.returncode == 0
     (file,) = (tmp_path / "again").glob("*/results.json")
     assert json.loads(file.read_text())["accuracy_matrix"] == first["accuracy_matrix"]
@@ -212,7 +211,7 @@ def test_a_cluster_without_dask_is_refused(monkeypatch, capsys):
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
-    strategies = "--strategies", "replay", "naive", "--n-jobs", 2
+    strategies = "--strategies", "replay", "naive"
     done = run("GenerativeReplay.py", *QUICK[:2], "--iterations", 150, *strategies, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
