@@ -1,6 +1,6 @@
 """What Avalanche's interface costs: ratios against a bare loop and against stock Avalanche.
 
-`python tests/benchmark.py` prints a table (about 15 minutes on two cores, `--quick` three;
+`python tests/benchmark.py` prints a table (11 minutes on two cores, `--quick` 1½;
 nothing else should run). Pairs are measured in turn in one process, and medians are quoted.
 """
 
