@@ -892,6 +892,7 @@ def write_figures(folder: Path, figures: dict) -> None:
     for name, figure in figures.items():
         for ending in ("png", "svg"):
             write(folder / f"{name}.{ending}", figure)
+            figure.set_layout_engine("none")  # the first has arranged it, which takes a while
     if plt.get_backend().lower() != "agg":
         plt.show()
     plt.close("all")

@@ -2,10 +2,16 @@
 
 import ast
 import itertools
+import json
+import os
 import re
 import runpy
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +87,38 @@ def test_a_command(command, tmp_path):
     done = run(script, *words, *small, "--validation-size", 300, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert list((tmp_path / "results" / "figures").glob("*.png"))
+
+
+def test_a_cluster_gives_the_numbers_of_one_machine(tmp_path):
+    """The README's commands for a cluster, on a port that is free and with little to compute."""
+    (commands,) = (b for b in re.findall(r"```bash\n(.+?)```", TEXT, re.DOTALL) if "dask" in b)
+    small = ["--dataset", "digits", "--iterations", "20"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    commands = commands.replace("8786", port).replace("scheduler &", f"scheduler --port {port} &")
+    words = *small, "--results-dir", str(tmp_path / "cluster")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with open(tmp_path / "log", "w") as log:
+        cluster = subprocess.Popen(
+            ["bash", "-c", f"{commands.strip()} {' '.join(words)}"],
+            cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = cluster.wait(timeout=300)
+        finally:
+            os.killpg(cluster.pid, signal.SIGKILL)
+    assert code == 0, (tmp_path / "log").read_text()
+    done = run("GenerativeReplay.py", *small, "--seeds", 0, 1, 2, cwd=tmp_path)
+    assert done.returncode == 0
+    files = sorted((tmp_path / "cluster").glob("*/results.json"))
+    assert len(files) == 3
+    for file in files:
+        other = json.loads((tmp_path / "results" / file.parent.name / file.name).read_text())
+        result = json.loads(file.read_text())
+        for key in "accuracy_matrix", "confusion_matrix":
+            assert result[key] == other[key]
 
 
 def test_a_scholar_learns_folders_of_images(tmp_path, monkeypatch, capsys):
