@@ -1,10 +1,8 @@
-"""The generative model of the scholar: a variational autoencoder (VAE), and two others.
+"""The generative model of the scholar: a variational autoencoder (VAE).
 
-In:  images in [0, 1], any shape (channels, height, width).  Out: new images like them.
-`GenerativeModel` is the contract that any generator meets, `VAE` the one that we use,
-`LatentMixtures` what it may draw its latents from, and `negative_elbo` its loss.
-`ConditionalVAE` is told the class, `WGAN` (its loss: `critic_loss`) isn't trained by one loss.
-Run: nothing; `python Generator.py` trains and shows it.  Next to read: Generator.py.
+`GenerativeModel` is the contract of any generator. `VAE` is the generator of the scholar,
+`negative_elbo` its loss, `ClassConditionalGMM` the density from which its latent variables are
+sampled once it has been trained. Two other generators, `ConditionalVAE` and `WGAN`, come last.
 """
 
 import math
@@ -12,128 +10,52 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
 
 
 class GenerativeModel(nn.Module, ABC):
-    """What any generator has to offer so that a scholar can replay with it.
+    """Define the contract of a generator: generate images of everything learned so far.
 
-    - `generate` paints images of the distribution that was learned so far. Replay calls it (of a
-      VAE that knows its classes also `draw` and `decode`) on a frozen copy: it must not track
-      gradients, not depend on the training mode nor change it, and return float images in [0, 1].
-    - `classes` says which classes `generate` can be asked for. A generator that knows them can
-      label what it paints; else the old solver does.
-    - All that has to survive from one experience to the next lives in the module's parameters and
-      buffers. The copy that replays is a `deepcopy`, and no training sample may be kept.
-
-    A generator is trained by a strategy that has it as `model`, with `train(experience)`. If one
-    loss trains it, that is `GeneratorTraining` in TrainingInstances.py, for which the generator
-    needs a `forward` from images and labels to what its loss is computed from.
+    Replay calls `generate` on a frozen deep copy. All that has to survive from one experience to
+    the next therefore lives in parameters and buffers, and no training image may be kept.
+    A class-conditional generator also says which classes it can be asked for.
     """
 
     @abstractmethod
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Sample new images, with the signature of `avalanche.models.Generator.generate`.
+        """Generate images, without gradients and whatever the training mode.
 
-        :param batch_size: number of images, or None for a single one.
-        :param condition: class labels (int64), shape (batch_size,), for those that know classes;
-            None: any of what was learned.
-        :return: images in [0, 1], shape (batch_size, C, H, W), or (C, H, W) without a batch size.
+        The signature is that of `avalanche.models.Generator.generate`.
+
+        :param batch_size: number of images; None: a single one.
+        :param condition: class labels (int64), shape (batch_size,); None: any learned class.
+        :return: images in [0, 1], shape (batch_size, C, H, W), or (C, H, W) for a single one.
         """
 
-    def classes(self) -> Tensor | None:
-        """Labels (int64) of the classes learned so far, shape (n,); None: it knows no classes."""
+    def learned_classes(self) -> Tensor | None:
+        """Return the classes that can be asked for (int64), shape (n,); None: unconditional."""
         return None
 
-    def draw_labels(self, count: int) -> Tensor:
-        """Random class labels (int64), shape (count,): each class learned equally often."""
-        classes = self.classes()
+    def sample_labels(self, count: int) -> Tensor:
+        """Sample class labels (int64), shape (count,), each learned class equally often."""
+        classes = self.learned_classes()
         return classes[torch.randint(len(classes), (count,), device=classes.device)]
 
 
-class LatentMixtures(nn.Module):
-    """A mixture of Gaussians with full covariances over the latents of each class.
-
-    A VAE's encodings don't fill the prior N(0, I): many latents drawn from it lie where the decoder
-    has learned nothing, and some classes come far too rarely. A density that is fitted to the
-    encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
-    1903.12436, section 4). It is per class, so that all classes are replayed equally often.
-
-    :param classes: how many classes there are to be.
-    :param components: Gaussians for each class.
-    :param latent_size: dimensions of the latent variable.
-    """
-
-    def __init__(self, classes: int, components: int, latent_size: int):
-        super().__init__()
-        self.register_buffer("fitted", torch.zeros(classes, dtype=torch.bool))
-        # Until a class is fitted, its mixture is the prior itself.
-        self.register_buffer("weights", torch.eye(components)[:1].repeat(classes, 1))
-        self.register_buffer("means", torch.zeros(classes, components, latent_size))
-        identity = torch.eye(latent_size).repeat(classes, components, 1, 1)
-        self.register_buffer("scales", identity)  # Cholesky factors of the covariances
-
-    def fit(self, z: Tensor, y: Tensor) -> None:
-        """Fit the mixtures of the classes in y by expectation maximisation; the others stay.
-
-        A class that comes back gets a mixture of what it was and what it is now, with at least half
-        of it for what it was. A small class gets fewer components, so that there are a hundred
-        encodings for each on average; a class of one image gets none, and is not drawn.
-
-        :param z: encodings, shape (n, latent_size).
-        :param y: their class labels (int64), shape (n,).
-        """
-        from sklearn.mixture import GaussianMixture
-
-        for label in y.unique().tolist():
-            own = z[y == label]
-            if self.fitted[label]:
-                count = max(len(own), 100 * self.weights.shape[1])
-                old = self.sample(count, torch.full((count,), label, device=z.device))
-                own = torch.cat([own, old])
-            own = own.cpu().double().numpy()
-            if len(own) < 2:
-                continue
-            count = min(self.weights.shape[1], max(1, len(own) // 100))
-            seed = int(torch.randint(2**31, ()))
-            mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
-            with warnings.catch_warnings():  # fifty steps are enough, converged or not
-                warnings.simplefilter("ignore", category=UserWarning)
-                mixture.fit(own)
-            self.fitted[label] = True
-            self.weights[label] = 0
-            self.weights[label, :count] = torch.tensor(mixture.weights_)
-            self.means[label, :count] = torch.tensor(mixture.means_)
-            covariances = torch.tensor(mixture.covariances_)
-            self.scales[label, :count] = torch.linalg.cholesky(covariances).to(self.scales)
-
-    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
-        """Draw latents of given classes, or of all fitted ones, each equally often.
-
-        :param count: number of latents.
-        :param y: class labels (int64), shape (count,), or None.
-        :return: latents, shape (count, latent_size).
-        """
-        if y is None:
-            share = self.fitted.float() + ~self.fitted.any()  # all, as long as none is fitted
-            y = Categorical(share, validate_args=False).sample((count,))
-        component = Categorical(self.weights[y], validate_args=False).sample()
-        mean, scale = self.means[y, component], self.scales[y, component]
-        return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
-
-
 class VAE(GenerativeModel):
-    """A fully connected, symmetric variational autoencoder (Kingma & Welling 2014, 2019).
+    """Learn images with a fully connected, symmetric variational autoencoder.
 
-    Encoder q(z|x) and decoder p(x|z) have two hidden ReLU layers each, as many as the solver has;
-    this is also the generator of van de Ven et al. (2018, arXiv 1809.10635, section 4.2).
+    Kingma & Welling 2014 (arXiv 1312.6114) and 2019 (arXiv 1906.02691). Encoder q(z|x) and decoder
+    p(x|z) have two hidden ReLU layers each, like the solver, and like the generator of van de Ven &
+    Tolias 2018 (arXiv 1809.10635, section 4.2).
 
     :param shape: shape of one image, (channels, height, width).
     :param hidden_units: units in each hidden layer.
     :param latent_size: dimensions of the latent variable z.
-    :param mixtures: what to draw z from once it is fitted; None: always the prior N(0, I).
+    :param density: density from which z is sampled to generate; None: the prior N(0, I).
     """
 
     def __init__(
@@ -141,10 +63,10 @@ class VAE(GenerativeModel):
         shape: tuple[int, int, int],
         hidden_units: int = 400,
         latent_size: int = 32,
-        mixtures: LatentMixtures | None = None,
+        density: "ClassConditionalGMM | None" = None,
     ):
         super().__init__()
-        self.shape, self.latent_size, self.mixtures = tuple(shape), latent_size, mixtures
+        self.latent_size, self.density = latent_size, density
         pixels = math.prod(shape)
         self.encoder = nn.Sequential(
             nn.Flatten(),
@@ -157,153 +79,105 @@ class VAE(GenerativeModel):
             nn.Linear(latent_size, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, pixels),
-            nn.Unflatten(1, self.shape),
+            nn.Unflatten(1, tuple(shape)),
         )  # fmt: skip
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters of q(z|x) = N(z; z_mean, σ²), with σ = exp(½·z_log_var).
+        """Encode images as parameters of q(z|x) = N(z; z_mean, σ²), with σ = exp(½·z_log_var).
 
         :param x: images in [0, 1], shape (batch, C, H, W).
-        :return: z_mean and z_log_var, each of shape (batch, latent_size).
+        :return: z_mean and z_log_var, shape (batch, latent_size) each.
         """
         hidden = self.encoder(x)
         return self.z_mean(hidden), self.z_log_var(hidden)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Logits of the pixels' Bernoulli distributions p(x|z); their sigmoid is the image.
-
-        :param z: latent variables, shape (batch, latent_size).
-        :return: logits, shape (batch, C, H, W).
-        """
-        return self.decoder(z)
-
     @staticmethod
     def reparametrize(z_mean: Tensor, z_log_var: Tensor) -> Tensor:
-        """Draw z = z_mean + σ·ε with ε ~ N(0, I) (Kingma & Welling 2014, section 2.4).
+        """Sample z = z_mean + σ·ε with ε ~ N(0, I) (Kingma & Welling 2014, section 2.4).
 
         The randomness enters from outside, through ε, so that the gradient reaches z_mean and
         z_log_var along differentiable operations.
         """
         return z_mean + torch.exp(0.5 * z_log_var) * torch.randn_like(z_mean)
 
-    def code(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """What is decoded: here z itself, whatever the class.
-
-        :param z: latent variables, shape (batch, latent_size).
-        :param y: class labels (int64), shape (batch,); only a `ConditionalVAE` needs them.
-        """
+    def decoder_input(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Return the input of the decoder: z alone, or with its class in a `ConditionalVAE`."""
         return z
 
+    def decode(self, decoder_input: Tensor) -> Tensor:
+        """Decode to logits of the pixels' Bernoulli distributions; their sigmoid is the image.
+
+        :param decoder_input: what `decoder_input` or `sample_decoder_input` returns.
+        :return: logits, shape (batch, C, H, W).
+        """
+        return self.decoder(decoder_input)
+
     def forward(
-        self, x: Tensor, y: Tensor | None = None, codes: Tensor | None = None
+        self, x: Tensor, y: Tensor | None = None, replayed: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass through the computational graph: encode, draw z, decode.
+        """Pass images through the computational graph: encode, sample z, decode.
 
         :param x: images in [0, 1], shape (batch, C, H, W).
-        :param y: their class labels, see `code`.
-        :param codes: what `draw` has drawn, m of them, to decode behind those of the images.
+        :param y: their class labels, for `decoder_input`.
+        :param replayed: m inputs of the decoder, to be decoded behind those of the images. They
+            count as samples of the prior (mean 0, variance 1), without a divergence from it.
         :return: logits (batch + m, C, H, W), z_mean and z_log_var (batch + m, latent_size): the
-            arguments of `negative_elbo`. The codes that were given count as drawn from the
-            prior itself (mean 0, variance 1), without a divergence from it.
+            arguments of `negative_elbo`.
         """
         z_mean, z_log_var = self.encode(x)
-        code = self.code(self.reparametrize(z_mean, z_log_var), y)
-        if codes is not None:
-            code, m = torch.cat([code, codes]), len(codes)
+        decoder_input = self.decoder_input(self.reparametrize(z_mean, z_log_var), y)
+        if replayed is not None:
+            decoder_input, m = torch.cat([decoder_input, replayed]), len(replayed)
             z_mean, z_log_var = (F.pad(part, (0, 0, 0, m)) for part in (z_mean, z_log_var))
-        return self.decode(code), z_mean, z_log_var
+        return self.decode(decoder_input), z_mean, z_log_var
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Encode images and decode the mean of q(z|x), without noise.
+        """Reconstruct images from the mean of q(z|x), without noise; shapes as in `forward`."""
+        return torch.sigmoid(self.decode(self.decoder_input(self.encode(x)[0], y)))
 
-        :param x: images in [0, 1], shape (batch, C, H, W).
-        :param y: their class labels, see `code`.
-        :return: images in [0, 1], same shape.
-        """
-        return torch.sigmoid(self.decode(self.code(self.encode(x)[0], y)))
-
-    def classes(self) -> Tensor | None:
-        """Those that have a mixture; see the base class."""
-        return None if self.mixtures is None else self.mixtures.fitted.nonzero().flatten()
+    def learned_classes(self) -> Tensor | None:
+        """Return the classes to which the density has been fitted; None: there is no density."""
+        return None if self.density is None else self.density.fitted.nonzero().flatten()
 
     @torch.no_grad()
-    def draw(self, count: int, condition: Tensor | None = None) -> Tensor:
-        """Draw codes to decode: from the mixtures if there are any, else from the prior N(0, I).
+    def sample_decoder_input(self, count: int, condition: Tensor | None = None) -> Tensor:
+        """Sample z from the density, or from the prior N(0, I) if there is none.
 
-        :param count: number of codes.
-        :param condition: class labels (int64) to draw for, shape (count,); None: any.
-        :return: codes, shape (count, latent_size).
-        :raises ValueError: if a condition is given to a VAE without mixtures.
+        :param condition: class labels (int64), shape (count,); None: any learned class.
+        :return: inputs of the decoder, shape (count, latent_size).
+        :raises ValueError: if a condition is given to a VAE without density.
         """
-        if self.mixtures is not None:
-            return self.mixtures.sample(count, condition)
+        if self.density is not None:
+            return self.density.sample(count, condition)
         if condition is not None:
-            raise ValueError("VAE: without mixtures it knows no classes, leave condition at None")
+            raise ValueError("a VAE without density is unconditional: leave condition at None")
         return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
 
     @torch.no_grad()
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Draw a code and return the mean of its image's distribution; see the base class.
-
-        :raises ValueError: if a condition is given to a VAE without mixtures.
-        """
+        """Generate the mean image of p(x|z) for sampled z; see `GenerativeModel.generate`."""
         was_training, count = self.training, 1 if batch_size is None else batch_size
-        images = torch.sigmoid(self.eval().decode(self.draw(count, condition)))
+        images = torch.sigmoid(self.eval().decode(self.sample_decoder_input(count, condition)))
         self.train(was_training)
         return images[0] if batch_size is None else images
-
-
-class ConditionalVAE(VAE):
-    """A VAE whose decoder is told the class: p(x|z, y), with z ~ N(0, I).
-
-    As in Kingma et al. 2014 (arXiv 1406.5298, model M2), but that the encoder is not told: it has
-    the image before it. y is given as a one-hot vector beside z.
-
-    :param classes: how many classes there are to be; for the others see `VAE`.
-    """
-
-    def __init__(self, shape: tuple, classes: int, hidden_units: int = 400, latent_size: int = 32):
-        super().__init__(shape, hidden_units, latent_size)
-        self.decoder[0] = nn.Linear(latent_size + classes, hidden_units)
-        self.register_buffer("learned", torch.zeros(classes, dtype=torch.bool))
-
-    def code(self, z: Tensor, y: Tensor) -> Tensor:
-        """Both z and the class, shape (batch, latent_size + classes)."""
-        return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
-
-    def forward(self, x: Tensor, y: Tensor, codes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As of a `VAE`, and note the classes that it is trained on."""
-        if self.training:
-            self.learned[y] = True
-        return super().forward(x, y, codes)
-
-    def classes(self) -> Tensor:
-        """Those that it was trained on; see the base class."""
-        return self.learned.nonzero().flatten()
-
-    def draw(self, count: int, condition: Tensor | None = None) -> Tensor:
-        """Draw codes: z from the prior, and a class, unless that is given."""
-        y = self.draw_labels(count) if condition is None else condition
-        return self.code(super().draw(count), y)
 
 
 def negative_elbo(
     x: Tensor, output: tuple[Tensor, Tensor, Tensor], kl_weight: float = 1.0
 ) -> Tensor:
-    """Negative evidence lower bound of each image, in nats: what the VAE minimises.
+    """Compute the negative evidence lower bound of each image, in nats: the loss of the VAE.
 
-    -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), the expectation from one draw of z (Kingma &
+    -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), the expectation from one sample of z (Kingma &
     Welling 2014, eq. 10). The first term is Bernoulli (binary cross-entropy, summed over pixels),
     the second has the closed form ½ Σ (σ² + z_mean² - 1 - z_log_var), summed over latents.
-    A weight of the second below 1 (β in Higgins et al. 2017) gives sharper images, and encodings
-    that keep less to the prior: for those who draw z from a density fitted to the encodings.
+    A weight below 1 (β in Higgins et al. 2017) gives sharper images, and encodings further from the
+    prior: good if z is sampled from a density that is fitted to the encodings.
 
     :param x: images in [0, 1], shape (batch, C, H, W).
     :param output: what `VAE.forward` returned for them.
     :param kl_weight: β.
-    :return: one value for each image, shape (batch,). Their mean is the loss, so that its scale
-        does not depend on the batch size.
+    :return: one loss for each image, shape (batch,).
     """
     logits, z_mean, z_log_var = output
     pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -312,22 +186,128 @@ def negative_elbo(
     return reconstruction + kl_weight * kl
 
 
-class WGAN(GenerativeModel):
-    """A fully connected Wasserstein GAN, the generator of Shin et al. 2017.
+class ClassConditionalGMM(nn.Module):
+    """Fit a Gaussian mixture model, full covariances, to the encodings of each class.
 
-    The critic learns to score real images higher than painted ones, the painter to be scored high
-    (Arjovsky et al. 2017, arXiv 1701.07875). Both have two hidden layers, as the VAE's halves do.
-    Critic and painter are both carried on from one experience to the next.
+    A VAE's encodings don't fill the prior N(0, I): many latents sampled from it lie where the
+    decoder has learned nothing, and some classes come far too rarely. A density fitted to the
+    encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
+    1903.12436, section 4). Ours is per class, so that all classes are replayed equally often.
+
+    :param classes: number of classes in the whole stream.
+    :param components: Gaussians for each class.
+    :param latent_size: dimensions of the latent variable.
+    """
+
+    def __init__(self, classes: int, components: int, latent_size: int):
+        super().__init__()
+        self.register_buffer("fitted", torch.zeros(classes, dtype=torch.bool))
+        # Until a class is fitted, its density is the prior itself.
+        self.register_buffer("weights", torch.eye(components)[:1].repeat(classes, 1))
+        self.register_buffer("means", torch.zeros(classes, components, latent_size))
+        identity = torch.eye(latent_size).repeat(classes, components, 1, 1)
+        self.register_buffer("scales", identity)  # Cholesky factors of the covariances
+
+    def fit(self, z: Tensor, y: Tensor) -> None:
+        """Fit the mixtures of the classes in y by expectation maximisation; the others stay.
+
+        A class that returns is fitted to what it was and what it is now, with at least half of the
+        encodings sampled from what it was. A small class gets fewer components, so that there are a
+        hundred encodings for each on average; a class of one image gets none and isn't sampled.
+
+        :param z: encodings, shape (n, latent_size).
+        :param y: their class labels (int64), shape (n,).
+        """
+        for label in y.unique().tolist():
+            encodings = z[y == label]
+            if self.fitted[label]:
+                count = max(len(encodings), 100 * self.weights.shape[1])
+                old = self.sample(count, torch.full((count,), label, device=z.device))
+                encodings = torch.cat([encodings, old])
+            if len(encodings) < 2:
+                continue
+            count = min(self.weights.shape[1], max(1, len(encodings) // 100))
+            seed = int(torch.randint(2**31, ()))
+            mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
+            with warnings.catch_warnings():  # fifty steps are enough, converged or not
+                warnings.simplefilter("ignore", category=UserWarning)
+                mixture.fit(encodings.cpu().double().numpy())
+            self.fitted[label] = True
+            self.weights[label] = 0
+            self.weights[label, :count] = torch.tensor(mixture.weights_)
+            self.means[label, :count] = torch.tensor(mixture.means_)
+            covariances = torch.tensor(mixture.covariances_)
+            self.scales[label, :count] = torch.linalg.cholesky(covariances).to(self.scales)
+
+    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
+        """Sample latents of given classes, or of all fitted ones equally often.
+
+        :param y: class labels (int64), shape (count,), or None.
+        :return: latents, shape (count, latent_size).
+        """
+        if y is None:
+            share = self.fitted.float() + ~self.fitted.any()  # all, as long as none is fitted
+            y = Categorical(share, validate_args=False).sample((count,))
+        component = Categorical(self.weights[y], validate_args=False).sample()
+        mean, scale = self.means[y, component], self.scales[y, component]
+        return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
+
+
+# ------------------------------------------------------------------------------------------------
+# Other generators
+# ------------------------------------------------------------------------------------------------
+
+
+class ConditionalVAE(VAE):
+    """Give the decoder of a VAE the class: p(x|z, y), with z ~ N(0, I) and y as a one-hot vector.
+
+    Kingma et al. 2014 (arXiv 1406.5298, model M2), but the encoder isn't given the class: it has
+    the image before it.
+
+    :param classes: number of classes in the whole stream; for the others see `VAE`.
+    """
+
+    def __init__(self, shape: tuple, classes: int, hidden_units: int = 400, latent_size: int = 8):
+        super().__init__(shape, hidden_units, latent_size)
+        self.decoder[0] = nn.Linear(latent_size + classes, hidden_units)
+        self.register_buffer("learned", torch.zeros(classes, dtype=torch.bool))
+
+    def decoder_input(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return z and the one-hot class, shape (batch, latent_size + classes)."""
+        return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
+
+    def forward(self, x: Tensor, y: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Pass images through the graph as in a `VAE`, and note the classes trained on."""
+        if self.training:
+            self.learned[y] = True
+        return super().forward(x, y, replayed)
+
+    def learned_classes(self) -> Tensor:
+        """Return the classes trained on (int64), shape (n,)."""
+        return self.learned.nonzero().flatten()
+
+    def sample_decoder_input(self, count: int, condition: Tensor | None = None) -> Tensor:
+        """Sample z from the prior, and a class unless it is given."""
+        y = self.sample_labels(count) if condition is None else condition
+        return self.decoder_input(super().sample_decoder_input(count), y)
+
+
+class WGAN(GenerativeModel):
+    """Learn images with a fully connected Wasserstein GAN, the generator of Shin et al. 2017.
+
+    The critic learns to score real images higher than generated ones, the generator to be scored
+    high (Arjovsky et al. 2017, arXiv 1701.07875). Both have two hidden layers, like the halves of
+    the VAE, and are carried on from one experience to the next.
 
     :param shape: shape of one image, (channels, height, width).
     :param hidden_units: units in each hidden layer.
-    :param latent_size: dimensions of the noise z ~ N(0, I) that is turned into an image.
+    :param latent_size: dimensions of the noise z ~ N(0, I).
     """
 
     def __init__(self, shape: tuple, hidden_units: int = 400, latent_size: int = 32):
         super().__init__()
         self.latent_size, pixels = latent_size, math.prod(shape)
-        self.painter = nn.Sequential(
+        self.generator = nn.Sequential(
             nn.Linear(latent_size, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, pixels), nn.Sigmoid(),
@@ -340,49 +320,49 @@ class WGAN(GenerativeModel):
             nn.Linear(hidden_units, 1), nn.Flatten(0),
         )  # fmt: skip
 
-    def paint(self, count: int) -> Tensor:
-        """New images, shape (count, C, H, W), with gradients."""
+    def sample(self, count: int) -> Tensor:
+        """Generate images with gradients, shape (count, C, H, W)."""
         z = torch.randn(count, self.latent_size, device=self.critic[1].weight.device)
-        return self.painter(z)
+        return self.generator(z)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the critic learns from: real images, as many painted ones, and what is between.
+        """Score real images, as many generated ones, and points between them.
 
         :param x: images in [0, 1], shape (batch, C, H, W).
         :param y: their class labels, which play no role.
-        :return: scores of the real and of the painted images, and the norm of the score's gradient
-            at a random point between the two, each of shape (batch,): see `critic_loss`.
+        :return: scores of the real and of the generated images, and the norm of the score's
+            gradient at a random point between the two, shape (batch,) each: see `critic_loss`.
         """
         with torch.no_grad():
-            painted = self.paint(len(x))
-            between = x.lerp(painted, torch.rand(len(x), 1, 1, 1, device=x.device))
+            generated = self.sample(len(x))
+            between = x.lerp(generated, torch.rand(len(x), 1, 1, 1, device=x.device))
         with torch.enable_grad():  # in evaluation too
             score = self.critic(between.requires_grad_()).sum()
             (gradient,) = torch.autograd.grad(score, between, create_graph=True)
-        return self.critic(x), self.critic(painted), gradient.flatten(1).norm(dim=1)
+        return self.critic(x), self.critic(generated), gradient.flatten(1).norm(dim=1)
 
     @torch.no_grad()
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Paint; see the base class.
+        """Generate images; see `GenerativeModel.generate`.
 
         :raises ValueError: if a condition is given.
         """
         if condition is not None:
-            raise ValueError("WGAN: it knows no classes, leave condition at None")
-        images = self.paint(1 if batch_size is None else batch_size)
+            raise ValueError("a WGAN is unconditional: leave condition at None")
+        images = self.sample(1 if batch_size is None else batch_size)
         return images[0] if batch_size is None else images
 
 
 def critic_loss(x: Tensor, output: tuple[Tensor, Tensor, Tensor], penalty: float = 10) -> Tensor:
-    """What the critic of a `WGAN` minimises, for each image (Gulrajani et al. 2017, eq. 3).
+    """Compute the loss of the critic of a `WGAN` for each image (Gulrajani et al. 2017, eq. 3).
 
-    Its score of a painted image minus that of a real one, and λ·(‖gradient‖ - 1)², which keeps
-    the score from changing faster than the image (arXiv 1704.00028).
+    It is the score of a generated image minus that of a real one, and λ·(‖gradient‖ - 1)², which
+    keeps the score from changing faster than the image (arXiv 1704.00028).
 
     :param x: images, whose scores are in `output` already.
     :param output: what `WGAN.forward` returned for them.
     :param penalty: λ.
-    :return: one value for each image, shape (batch,).
+    :return: one loss for each image, shape (batch,).
     """
-    real, painted, slope = output
-    return painted - real + penalty * (slope - 1).square()
+    real, generated, slope = output
+    return generated - real + penalty * (slope - 1).square()

@@ -1,101 +1,85 @@
 """Deep Generative Replay: the experiment, for a scholar of solver and generator.
 
-In:  the constants below and those of Generator.py.  Out: accuracy on every experience after every
-experience, as results.json, table and figures, for class-incremental Split MNIST.
-One head, no task identity, and past data is never seen again: only generated.
-Run: `python GenerativeReplay.py`, or with `--help`.  This is the last of the four.
+Class-incremental Split MNIST by default: one head, no task identity, and past data is never seen
+again, only generated. Out come table, figures and files of results.
 """
 
+import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 import Generator
+from figures import results
+from figures.results import UserError
+from Generator import Distinct, Images
 
 # ------------------------------------------------------------------------------------------------
-# Constants of the experiment. All others, from DATASET to RESULTS_DIR, stand at the top of
-# Generator.py and are options here too: `python GenerativeReplay.py --seeds 0 1 2`.
-STRATEGIES = ("replay",)  # replay; naive: fine-tuning; joint: all data; buffer: stored images
-INPUT_SHIFT = 1  # pixels by which the solver's images are moved at random while it trains
-INPUT_DROPOUT = 0.2  # share of pixels hidden from the solver while it trains
-REPLAY_LABELS = "solver"  # who labels replayed images: the old solver; or the generator
-TEMPERATURE = 2.0  # T of the old solver's soft targets; none: hard labels
-ABLATION = False  # instead of STRATEGIES, all from plain replay to this recipe, with both bounds
-COMPARE_GENERATORS = False  # instead of STRATEGIES, replay with each generator, and how it paints
-N_JOBS = 1  # runs at the same time, each in a process of its own with its share of the cores
-BACKEND = "loky"  # loky: processes on this machine; dask: the workers of SCHEDULER, see README
-SCHEDULER = "tcp://127.0.0.1:8786"  # address of a Dask scheduler
-TENSORBOARD = False  # log curves, samples and confusions for TensorBoard, in the run's folder
-SUMMARIZE = None  # folder of results to draw table and figures from, without running anything
+# Constants of the experiment. Those of data, stream, training and generator (DATASET, SEEDS,
+# ITERATIONS, GENERATOR, ...) stand at the top of Generator.py and are options here too.
+STRATEGIES: Distinct[Literal["replay", "naive", "joint", "er"]] = ("replay",)
+# replay: ours; naive: fine-tuning; joint: all data so far; er: experience replay, stored images
+REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: as many as real
+INCREASING_REPLAY_SIZE: bool = False  # double that number at each further experience
+RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
+TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
+REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # labels replayed images: the old solver
+INPUT_SHIFT: NonNegativeInt = 1  # pixels by which training images of the solver move at random
+INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
+N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
+SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
+TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
 # ------------------------------------------------------------------------------------------------
-
-# The ingredients, in the order in which the ablation adds them to plain replay, and how each is
-# turned off.
-INGREDIENTS = {
-    "input dropout": {"INPUT_DROPOUT": 0},
-    "input shift": {"INPUT_SHIFT": 0},
-    "annealing": {"ANNEAL": False, "LEARNING_RATE": 0.001},
-    "soft targets": {"TEMPERATURE": None},
-    "latent mixtures": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
-    "KL weight": {"KL_WEIGHT": 1},
-}
-PLAIN = {name: off for step in INGREDIENTS.values() for name, off in step.items()}
-
-RULES = {
-    "STRATEGIES": Generator.several(Generator.one_of("replay", "naive", "joint", "buffer")),
-    "INPUT_SHIFT": Generator.whole(0, 27),
-    "INPUT_DROPOUT": Generator.number(lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    "REPLAY_LABELS": Generator.one_of("solver", "generator"),
-    "TEMPERATURE": Generator.none_or(Generator.POSITIVE),
-    "ABLATION": Generator.BOOLEAN,
-    "COMPARE_GENERATORS": Generator.BOOLEAN,
-    "N_JOBS": Generator.whole(1),
-    "BACKEND": Generator.one_of("loky", "dask"),
-    "SCHEDULER": Generator.rule(
-        lambda v: type(v) is str and "://" in v, "an address such as tcp://host:8786"
-    ),
-    "TENSORBOARD": Generator.BOOLEAN,
-    "SUMMARIZE": Generator.none_or(Generator.FOLDER),
-}
 
 
 def main() -> None:
-    """Run the experiment for each strategy and seed, then summarize."""
+    """Run the experiment for each strategy and seed, then draw table and figures."""
     constants = Generator.read_constants(Generator, sys.modules[__name__])
     if constants.LOAD is not None:
-        return Generator.look(Path(constants.LOAD), constants)
-    if constants.SUMMARIZE is not None:
-        folder = Path(constants.SUMMARIZE)  # of runs, or with a folder of runs from each machine
-        files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
-        runs = {file.parent.name: file.parent for file in files}  # a copy of a run is no other
-        return summarize([(None, run) for run in runs.values()], folder)
-    images, planned = Generator.prepare(constants), variants(constants)
-    for _, strategy, own in planned:  # ends the program here if one can't be made
-        make_scholar(images.train[0].shape[1:], own, strategy)
+        return Generator.show_saved_generator(Path(constants.LOAD), constants)
+    images, constants = Generator.prepare(constants)
+    planned = [(strategy, constants, strategy) for strategy in constants.STRATEGIES]
+    runs = run_all(planned, images, constants)
+    from figures import draw
+
+    draw.summarize(runs, Path(constants.RESULTS_DIR))
+
+
+def run_all(
+    planned: list[tuple[str, BaseModel, str]], images: Images, constants: BaseModel
+) -> list[dict]:
+    """Run each plan with each seed, N_JOBS at the same time.
+
+    :param planned: strategy, constants, and name in tables and figures.
+    :return: the records of the runs.
+    """
     from joblib import Parallel, delayed
 
-    with processes(constants):
-        finished = Parallel()(
-            delayed(run)(*variant, seed, images.notice)
-            for variant in planned
+    for strategy, own, _ in planned:  # what can't be built ends the command before the first run
+        try:
+            make_scholar(images, own, strategy)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the scholar can't be built: {error}") from error
+    with backend(constants):
+        return Parallel()(
+            delayed(run)(strategy, own, seed, name, images.notice)
+            for strategy, own, name in planned
             for seed in constants.SEEDS
         )
-    summarize(finished, Path(constants.RESULTS_DIR), images.notice)
 
 
-def processes(constants: SimpleNamespace):
-    """Where joblib's `Parallel` computes: processes of this machine, or workers of a Dask cluster.
-
-    :raises SystemExit: if Dask is not installed, or nobody answers.
-    """
+def backend(constants: BaseModel):
+    """Choose where joblib runs: in processes of this machine, or on the workers of SCHEDULER."""
     from joblib import parallel_config
 
-    if constants.BACKEND == "loky":  # which divides the threads among the processes
-        # What an interruption leaves behind is cleaned up by joblib, which need not say so.
+    if constants.SCHEDULER is None:
+        # joblib cleans up what an interruption leaves behind, and need not say so.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         return parallel_config("loky", n_jobs=constants.N_JOBS)
     try:
@@ -105,183 +89,143 @@ def processes(constants: SimpleNamespace):
         for ask in client.run_on_scheduler, client.run:  # else it would wait for them for ever
             ask(lambda: bool(__import__("GenerativeReplay")))
     except OSError:
-        Generator.fail(f"no Dask scheduler answers at {constants.SCHEDULER}; set SCHEDULER")
+        raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
     except ImportError as error:
-        Generator.fail(
-            "BACKEND 'dask' needs `pip install distributed` here, and a scheduler and workers "
-            f"that were started with PYTHONPATH set to the scripts' folder ({error})"
-        )
+        raise UserError(
+            f"SCHEDULER needs `pip install distributed` here, and the scripts' folder in the "
+            f"PYTHONPATH of scheduler and workers ({error})"
+        ) from None
     return parallel_config("dask", client=client)
 
 
-def variants(constants: SimpleNamespace) -> list[tuple[str, str, SimpleNamespace]]:
-    """What is to be run for each seed: its name in tables, its strategy, its constants."""
+def run(strategy: str, constants: BaseModel, seed: int, name: str, notice: str) -> dict:
+    """Train a scholar along the stream, evaluate it after each experience, and record the results.
 
-    def changed(**changes) -> SimpleNamespace:
-        return SimpleNamespace(**vars(constants) | changes)
+    A finished run is not run again; an interrupted one goes on after its last experience.
 
-    if constants.COMPARE_GENERATORS:
-        return [(name, "replay", changed(GENERATOR=name)) for name in Generator.GENERATORS]
-    if not constants.ABLATION:
-        return [(strategy, strategy, constants) for strategy in constants.STRATEGIES]
-    if constants.GENERATOR != "vae":
-        Generator.fail("ABLATION takes the VAE apart; set GENERATOR to 'vae'")
-    steps, plain = [], PLAIN
-    for name in ("plain replay", *INGREDIENTS):
-        plain = {k: v for k, v in plain.items() if k not in INGREDIENTS.get(name, ())}
-        steps.append((f"+ {name}" if steps else name, "replay", changed(**plain)))
-    return [*steps, ("naive", "naive", constants), ("joint", "joint", constants)]
-
-
-def run(
-    name: str, strategy: str, constants: SimpleNamespace, seed: int, notice: str
-) -> tuple[str, Path]:
-    """One run, unless it is finished already; return its name and the folder with its results.
-
-    :param name: what tables call it.
     :param strategy: one of `STRATEGIES`.
-    :param notice: what has to be said of the images, see `Generator.load_images`.
+    :param name: what tables and figures call it.
+    :param notice: what has to be said of the images, see `Images`.
+    :return: the record, with the `folder` it lies in.
     """
-    folder = Generator.run_folder(constants, constants.DATASET, strategy, seed)
-    title = f"{name}, seed {seed}"
-    with Generator.only_process(folder, title, constants.FORCE):
-        if (folder / "results.json").exists():
-            Generator.report(constants, f"{title}: finished already, in {folder}")
-        else:
-            constants = Generator.for_seed(constants, seed)
-            record = Generator.run_record(constants, name, strategy, seed, notice)
-            learn(record, constants, folder, title)
-    return name, folder
-
-
-def learn(record: dict, constants: SimpleNamespace, folder: Path, title: str) -> None:
-    """Train a scholar along the stream, and write what came out into the run's folder.
-
-    If the run was interrupted, it goes on after the last experience that was finished.
-
-    :param record: what results.json is to say, but for the results.
-    """
+    import numpy as np
     import torch
 
-    from figures import tables
+    title, folder = f"{name}, seed {seed}", results.run_folder(constants, strategy, seed)
+    with results.run_lock(folder, title):
+        if (folder / "results.json").exists():
+            print(f"{title}: finished already, in {folder}", flush=True)
+            record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            return record | {"name": name, "notice": notice, "folder": folder}
+        constants = Generator.seeded(constants, seed)
+        images = Generator.load_images(constants)
+        benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
+        scholar = make_scholar(images, constants, strategy, folder)
+        generator = scholar.replay and scholar.replay.generator
+        record = results.new_record(constants, name, seed, notice)
+        state = {"record": record | {"accuracy_matrix": []}, "samples": []}
+        state |= results.load_state(folder, scholar) or {}
+        record, samples, matrix = state["record"], state["samples"], state["record"]["accuracy_matrix"]
 
-    strategy = record["strategy"]
-    images = Generator.load_images(constants.DATASET, constants.DATA_DIR, constants.CHECKSUMS)
-    benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
-    logs = folder / "tensorboard" if constants.TENSORBOARD else None
-    scholar = make_scholar(images.train[0].shape[1:], constants, strategy, logs)
-    memories = []
-    if state := Generator.restore(folder, scholar):
-        record, memories = state["record"], state["memories"]
-        learned = len(record["accuracy_matrix"])
-        Generator.report(constants, f"{title}: goes on after experience {learned}")
-    matrix = record.setdefault("accuracy_matrix", [])
-    started = time.perf_counter() - record["seconds"]
+        for experience in benchmark.train_stream[len(matrix) :]:
+            started = time.perf_counter()
+            scholar.train(experience)  # the solver, then the generator
+            metrics = scholar.eval(benchmark.test_stream)
+            matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp"))
+            if generator:
+                samples.append(samples_per_class(scholar, constants.CLASS_ORDER))
+            record["seconds"] += time.perf_counter() - started
+            results.save_state(folder, scholar, generator, record=record, samples=samples)
+            print(
+                f"{title}: experience {len(matrix)}/{constants.N_EXPERIENCES}, accuracy so far "
+                f"{mean(matrix[-1][: len(matrix)]):.2%}, {record['seconds']:.0f} s",
+                flush=True,
+            )
 
-    for experience in benchmark.train_stream[len(matrix) :]:
-        scholar.train(experience)
-        metrics = scholar.eval(benchmark.test_stream)
-        matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp", constants.N_EXPERIENCES))
-        record["seconds"] = round(time.perf_counter() - started, 1)
-        if strategy == "replay":
-            memories.append(remember(scholar, constants.CLASS_ORDER))
-        log_more(scholar, benchmark.test_stream, record, memories)
-        Generator.save_state(folder, constants, scholar, record=record, memories=memories)
-        so_far = mean(matrix[-1][: len(matrix)])
-        text = f"{title}: experience {len(matrix)}/{constants.N_EXPERIENCES}, "
-        text += f"accuracy so far {so_far:.2%}, {record['seconds']:.0f} s"
-        Generator.report(constants, text)
+        record |= {"final_accuracy": mean(matrix[-1]), "forgetting": forgetting(matrix)}
+        record["confusion_matrix"] = confusions(scholar, benchmark.test_stream)
+        if samples:
+            with results.atomic(folder / "samples.npz") as path:
+                np.savez_compressed(path, samples=torch.stack(samples).numpy())
+        with results.atomic(folder / "losses.npz") as path:
+            np.savez_compressed(path, **losses(scholar))
+        with results.atomic(folder / "results.json") as path:  # last: the run is finished
+            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record | {"folder": folder}
 
-    record |= {
-        "final_accuracy": mean(matrix[-1]),
-        "forgetting": forgetting(matrix),
-        "confusion_matrix": confusions(scholar, benchmark.test_stream),
-    }
-    Generator.report(constants, f"{title}: {matrix_in_words(matrix)}")
-    if constants.COMPARE_GENERATORS:
-        held_out = Generator.hold_out(images, constants.VALIDATION_SIZE)
-        record["sample_quality"] = quality(scholar, held_out)
-    if memories:
-        Generator.write(folder / "samples.npz", {"samples": torch.stack(memories).numpy()})
-    Generator.write(folder / "losses.npz", losses(scholar))
-    Generator.write(folder / "metrics.csv", tables.tidy([record]))
-    Generator.write(folder / "results.json", record)  # last: it says that the run is finished
+
+# ------------------------------------------------------------------------------------------------
+# The scholar
+# ------------------------------------------------------------------------------------------------
 
 
 def make_scholar(
-    shape: tuple[int, int, int],
-    constants: SimpleNamespace,
-    strategy: str = "replay",
-    logs: Path | None = None,
+    images: Images, constants: BaseModel, strategy: str = "replay", folder: Path | None = None
 ):
-    """The scholar: a new solver, a new generator, and the strategy that trains both.
+    """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
-    :param shape: shape of one image, (channels, height, width).
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
-    :param logs: folder for those of TensorBoard; None: no logs.
-    :return: a `GenerativeReplay` strategy (without replay a `ScholarTemplate`); `model` is the
-        solver, its logits are one per class.
+    :param folder: folder for the logs of TensorBoard.
+    :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
     """
-    from TrainingInstances import GenerativeReplay, ScholarTemplate, StoredImages, knows_classes
+    from TrainingInstances import ExperienceReplayPlugin, GenerativeReplay, ReplayTemplate
 
-    solver = make_solver(shape, constants)
-    common = Generator.strategy_arguments("solver", solver, constants)
-    common["evaluator"] = make_evaluator(logs)
+    solver = make_solver(images, constants)
+    iterations, batch_size = constants.ITERATIONS, constants.BATCH_SIZE
+    arguments = Generator.training_arguments(
+        "solver", solver, constants, iterations, batch_size, constants.LEARNING_RATE
+    )
+    arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
     if strategy in ("naive", "joint"):
-        return ScholarTemplate(**common)
-    generator_strategy = Generator.make_generator_strategy(shape, constants)
-    if strategy == "buffer":
+        return ReplayTemplate(**arguments)
+    replay = {
+        "replay_size": constants.REPLAY_SIZE,
+        "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
+        "ratio": constants.RATIO,
+    }
+    generator_strategy = Generator.make_generator_strategy(
+        images.shape, len(images.classes), constants, **replay
+    )
+    if strategy == "er":
         # As many images as fit into the generator's bytes, with one byte for a pixel.
         state = generator_strategy.model.state_dict().values()
         size = sum(part.numel() * part.element_size() for part in state)
-        common["plugins"].append(StoredImages(size // math.prod(shape)))
-        return ScholarTemplate(**common)
-    if constants.REPLAY_LABELS == "generator":
-        if not knows_classes(generator_strategy.model):
-            which = f"{constants.GENERATOR!r} (as it is here) doesn't know the class it paints"
-            Generator.fail(f"REPLAY_LABELS is 'generator', but {which}; set it to 'solver'")
-        if constants.TEMPERATURE is not None:
-            Generator.fail("REPLAY_LABELS 'generator' gives hard labels; set TEMPERATURE to none")
+        arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(images.shape)))
+        return ReplayTemplate(**arguments)
     return GenerativeReplay(
         generator_strategy=generator_strategy,
-        replay_size=constants.REPLAY_SIZE,
-        increasing_replay_size=constants.INCREASING_REPLAY_SIZE,
-        ratio=constants.RATIO,
         temperature=constants.TEMPERATURE,
-        labels=constants.REPLAY_LABELS,
-        **common,
+        replay_labels=constants.REPLAY_LABELS,
+        **replay,
+        **arguments,
     )
 
 
-def make_solver(shape: tuple[int, int, int], constants: SimpleNamespace):
-    """The solver: fully connected, with as many logits as there are classes. Edit it here.
-
-    :param shape: shape of one image, (channels, height, width).
-    """
+def make_solver(images: Images, constants: BaseModel):
+    """Make the solver: fully connected, with a logit for each class. Edit it here."""
     from torch import nn
     from torchvision.transforms import v2
 
-    from TrainingInstances import WhileTraining
+    from TrainingInstances import TrainOnly
 
-    units = constants.HIDDEN_UNITS
+    shape, units = images.shape, constants.HIDDEN_UNITS
     return nn.Sequential(
-        # The past comes as the generator paints it, a little blurred and a little too typical.
-        # Without the next two the solver learns that blurred means old, and takes sharp test
-        # images for the newest classes. A shift is that of a whole minibatch, real and painted.
-        WhileTraining(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
+        # Generated images are a little blurred and a little too typical. Without the next two the
+        # solver learns that blurred means old, and takes sharp test images for the newest classes.
+        # A shift is that of a whole minibatch, real and replayed.
+        TrainOnly(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, len(constants.CLASS_ORDER)),
+        nn.Linear(units, len(images.classes)),
     )  # fmt: skip
 
 
 def make_evaluator(logs: Path | None):
-    """What is measured: accuracy on each experience of the test stream.
+    """Make the evaluator: accuracy on each experience of the test stream.
 
-    :param logs: folder for the logs of TensorBoard, which get the losses of training too; None: no
-        logs.
+    :param logs: folder for the logs of TensorBoard, which get the training loss too; None: no logs.
     """
     from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
     from avalanche.logging import TensorboardLogger
@@ -292,21 +236,24 @@ def make_evaluator(logs: Path | None):
     accuracy = accuracy_metrics(experience=True)
     if logs is None:
         return EvaluationOnly(accuracy)
-    loggers = [TensorboardLogger(str(logs))]
-    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=loggers)
+    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=[TensorboardLogger(logs)])
 
 
-def remember(scholar, class_order: tuple[int, ...]):
-    """What the scholar remembers: 1,000 generated images, sorted by the class its solver sees.
+# ------------------------------------------------------------------------------------------------
+# What is measured
+# ------------------------------------------------------------------------------------------------
 
-    :return: images, shape (2 * len(class_order), C, H, W): for each class in the order of the
-        stream the one that the solver is surest of and the first, so an ordinary one; NaN where
-        a class is not (or no longer) among the images.
+
+def samples_per_class(scholar, class_order: tuple[int, ...]):
+    """Sort 1,000 generated images by the class that the solver sees in them, and choose two each.
+
+    :return: images, shape (2 * classes, C, H, W): for each class in the order of the stream the one
+        of which the solver is surest, and the first; NaN where a class isn't among the images.
     """
     import torch
 
-    x, seen = scholar.replay.generator.generate(1000), scholar.replay.seen_classes
-    x = x.to(scholar.device)
+    x, seen = scholar.replay.generator.generate(1000), torch.tensor(scholar.replay.seen_classes)
+    x, seen = x.to(scholar.device), seen.to(scholar.device)
     with torch.no_grad():
         certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
     pictures = torch.full((len(class_order), 2, *x.shape[1:]), torch.nan)
@@ -319,10 +266,9 @@ def remember(scholar, class_order: tuple[int, ...]):
 
 
 def forgetting(matrix: list[list[float]]) -> float:
-    """Mean over the earlier experiences of best accuracy ever minus final accuracy.
+    """Average over the earlier experiences the best accuracy ever minus the final accuracy.
 
-    Chaudhry et al. 2018 (arXiv 1801.10112), section 3.1: the best is over all experiences but the
-    last. Zero for a single experience.
+    Chaudhry et al. 2018 (arXiv 1801.10112), section 3.1. Zero for a single experience.
 
     :param matrix: row i: accuracy on every experience after training on experience i.
     """
@@ -332,9 +278,9 @@ def forgetting(matrix: list[list[float]]) -> float:
 
 
 def confusions(scholar, stream) -> list[list[int]]:
-    """How often the solver sees which class (columns) in the images of which class (rows).
+    """Count the classes that the solver sees (columns) in the images of each class (rows).
 
-    Avalanche's metric counts image by image, which takes as long as all the rest of an evaluation.
+    Avalanche's metric counts image by image, which takes as long as the rest of an evaluation.
     """
     import torch
     from sklearn.metrics import confusion_matrix
@@ -346,86 +292,22 @@ def confusions(scholar, stream) -> list[list[int]]:
     return confusion_matrix(*map(torch.cat, zip(*pairs))).tolist()
 
 
-def log_more(scholar, stream, record: dict, memories: list) -> None:
-    """Log for TensorBoard, if it is wanted, what Avalanche's evaluation of the solver doesn't."""
-    from figures import draw
-
-    for logger in scholar.evaluator.loggers:
-        if not hasattr(logger, "writer"):  # of one's own
-            continue
-        step = len(record["accuracy_matrix"])
-        run = record | {"confusion_matrix": confusions(scholar, stream)}
-        logger.writer.add_figure("confusions", draw.confusion_matrix([run]), step)
-        if memories:
-            logger.writer.add_images("samples", memories[-1].nan_to_num(), step)
-        for curve in losses(scholar).get("generator", [])[-1:]:
-            for iteration, loss in enumerate(curve, (step - 1) * len(curve)):
-                logger.writer.add_scalar("Loss_MB/generator", loss, iteration)
-
-
-def quality(scholar, images: SimpleNamespace) -> dict:
-    """How well the scholar paints at the end, and how many parameters its generator has."""
-    import torch
-
-    replay = scholar.replay
-    with torch.no_grad():
-        x, y = replay.paint(2000, replay.generator, scholar.model.eval())
-    parameters = sum(part.numel() for part in replay.generator.parameters())
-    return Generator.sample_quality(images, x, y) | {"parameters": parameters}
-
-
-def matrix_in_words(matrix: list[list[float]]) -> str:
-    """The accuracy matrix in percent, a line for each experience learned."""
-    title = "accuracy matrix (%): rows after, columns on each experience"
-    rows = ("".join(f"{100 * accuracy:7.2f}" for accuracy in row) for row in matrix)
-    return "\n".join([title, *(f"{number:4} {row}" for number, row in enumerate(rows, 1))])
-
-
 def losses(scholar) -> dict:
-    """Losses of solver and generator, arrays of shape (experiences, iterations)."""
+    """Return the losses of solver and generator, arrays of shape (experiences, iterations)."""
     import torch
 
-    from TrainingInstances import Progress
+    from TrainingInstances import LossRecorder
 
     strategies = {"solver": scholar}
-    if scholar.replay is not None:
+    if scholar.replay:
         strategies["generator"] = scholar.replay.generator_strategy
     return {
         name: torch.stack(plugin.losses).numpy()
         for name, strategy in strategies.items()
-        for plugin in getattr(strategy, "plugins", [])  # one's own may have none
-        if isinstance(plugin, Progress)
+        for plugin in getattr(strategy, "plugins", [])  # one of the user's own may have none
+        if isinstance(plugin, LossRecorder)
     }
 
 
-def summarize(
-    finished: list[tuple[str | None, Path]], folder: Path, notice: str | None = None
-) -> None:
-    """Table, summary.json, metrics.csv and figures of several runs, from their files alone.
-
-    :param finished: names of runs in the table (None: those in their files), and their folders.
-    :param folder: where to write.
-    :param notice: what has to be said of the images; None: what the files say.
-    :raises SystemExit: if there are none, or one can't be read.
-    """
-    from figures import draw, tables
-
-    try:
-        steps = "plain replay", *(f"+ {name}" for name in INGREDIENTS)
-        names = [*steps, "replay", "naive", "joint", "buffer", *Generator.GENERATORS]
-        runs = tables.read_runs(finished, names, notice)
-    except (OSError, ValueError, KeyError) as error:
-        Generator.fail(f"results can't be read ({error}); move damaged folders away")
-    if not runs:
-        Generator.fail(f"there is no results.json in or below {str(folder)!r}")
-    print("\n" + tables.table(runs))
-    for text in {run["notice"] for run in runs} - {""}:
-        print(f"These are numbers of {text}.")
-    Generator.write(folder / "summary.json", {"results": tables.statistics(runs)})
-    Generator.write(folder / "metrics.csv", tables.tidy(runs))
-    Generator.write_figures(folder / "figures", draw.all_figures(runs))
-    print(f"Results are in {folder}, figures in {folder / 'figures'}")
-
-
 if __name__ == "__main__":
-    Generator.interruptible(main)
+    results.run_command(main)

@@ -1,19 +1,22 @@
-"""The figures of one or several runs, drawn from their results alone.
+"""The figures of runs, drawn from their results alone: `python -m figures.draw results`.
 
-A run is what results.json holds, with its `name` and the `folder` it lies in (see tables.py).
-Each function returns a matplotlib figure; the scripts save it. One visual language: images dark on
-light as on paper, one row per experience, titles that name data set, strategy and seeds.
+A run is the record in its results.json, with the `folder` it lies in. Each function returns a
+matplotlib figure. One visual language: images dark on light as on paper, one row per experience,
+titles that name data set, strategy and seeds.
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterator
 from itertools import cycle
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import Normalize, PowerNorm
 
-from figures import tables
+from figures import results
 
 WIDTH = 8  # inches: a column of the README
 STYLE = {
@@ -26,38 +29,52 @@ STYLE = {
 # that they meet in other pairs when both begin again.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS = "osD^vP*X<"
-# Class-incremental Split MNIST, no stored data, fully connected, 2,000 iterations of 128 + 128 (van
-# de Ven et al. 2018, 2022). Shown beside runs of this data set, experiences and validation images.
-PROTOCOL = ("mnist", 5, 0)
-PUBLISHED = {
-    "DGR, best published (2,000 iterations)": 91.24,
-    "brain-inspired replay, published (2,000 iterations)": 94.41,
-}
+# Strategies in tables and figures, so that each keeps its colour; others follow.
+ORDER = ("replay", "naive", "joint", "er")
 
 
-def all_figures(runs: list[dict]) -> dict[str, plt.Figure]:
-    """Every figure of a command, by its file's name: of all runs, then of each strategy."""
-    figures = {"accuracy": accuracy_so_far(runs)}
-    names = tables.by_name(runs)
-    if "plain replay" in names:
-        return figures | {"ablation": ablation(runs)}
-    if all("sample_quality" in run for run in runs):
-        figures["generators"] = generators(runs)
-    for name, own in names.items():
-        of_one = [accuracy_matrix, confusion_matrix, forgetting]
+def main() -> None:
+    """Summarize the runs in the folder that the command line names."""
+    if len(sys.argv) != 2:
+        raise results.UserError("name one folder of results: python -m figures.draw results")
+    folder = Path(sys.argv[1])
+    summarize(results.read_runs(folder), folder)
+
+
+def summarize(runs: list[dict], folder: Path) -> None:
+    """Print the table of runs, and write it, tidy rows and all figures into a folder."""
+    runs = sorted(runs, key=lambda run: (*ORDER, run["name"]).index(run["name"]))
+    print("\n" + results.table(runs))
+    for text in {run["notice"] for run in runs} - {""}:
+        print(f"These are numbers of {text}.")
+    with results.atomic(folder / "summary.json") as path:
+        path.write_text(json.dumps(results.statistics(runs), indent=1), encoding="utf-8")
+    with results.atomic(folder / "metrics.csv") as path:
+        path.write_text(results.tidy(runs), encoding="utf-8")
+    save(accuracy_so_far(runs), folder / "figures" / "accuracy.png")
+    for name, group in results.by_name(runs).items():
+        functions = [accuracy_matrix, confusion_matrix, forgetting]
         for function in samples, losses:
-            if all((run["folder"] / f"{function.__name__}.npz").exists() for run in own):
-                of_one.append(function)
-        ending = "-" + re.sub(r"\W+", "-", name).strip("-")
-        figures |= {function.__name__ + ending: function(own) for function in of_one}
-    return figures
+            if all((run["folder"] / f"{function.__name__}.npz").exists() for run in group):
+                functions.append(function)
+        ending = re.sub(r"\W+", "-", name).strip("-")
+        for function in functions:
+            save(function(group), folder / "figures" / f"{function.__name__}-{ending}.png")
+    print(f"Results are in {folder}, figures in {folder / 'figures'}")
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Save a figure and close it."""
+    with results.atomic(path) as temporary:
+        figure.savefig(temporary)
+    plt.close(figure)
 
 
 def title(what: str, runs: list[dict]) -> str:
-    """Title of a figure: what it shows, of which runs, and the notice that goes with it."""
+    """Compose the title of a figure: what it shows, of which runs, and their notice."""
     seeds = sorted({run["seed"] for run in runs})
     parts = ["/".join(sorted({run["dataset"] for run in runs}))]
-    if len(names := tables.by_name(runs)) == 1:
+    if len(names := results.by_name(runs)) == 1:
         parts += names
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
     if any(run["constants"]["VALIDATION_SIZE"] for run in runs):
@@ -66,17 +83,17 @@ def title(what: str, runs: list[dict]) -> str:
 
 
 def class_groups(runs: list[dict]) -> list[str]:
-    """Names of the experiences: their classes; numbers where the runs differ in them."""
+    """Name the experiences by their classes, or by numbers where the runs differ in them."""
     orders = {tuple(run["constants"]["CLASS_ORDER"]) for run in runs}
     groups = np.array_split(orders.pop(), runs[0]["constants"]["N_EXPERIENCES"])
     return [str(i) if orders else " ".join(map(str, group)) for i, group in enumerate(groups, 1)]
 
 
 def styled(runs: list[dict]) -> Iterator[tuple[list[dict], dict]]:
-    """Runs of the same name together, and for each name how its lines look."""
-    looks = zip(cycle(COLOURS), cycle(MARKERS))
-    for (name, own), (colour, marker) in zip(tables.by_name(runs).items(), looks):
-        yield own, {"label": name, "color": colour, "marker": marker}
+    """Group runs of the same name, each with the style of its line."""
+    styles = zip(cycle(COLOURS), cycle(MARKERS))
+    for (name, group), (colour, marker) in zip(results.by_name(runs).items(), styles):
+        yield group, {"label": name, "color": colour, "marker": marker}
 
 
 def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
@@ -90,7 +107,7 @@ def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
 
 
 def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """Images of shape (n, C, H, W) side by side, first channel, as one array; NaN stays empty."""
+    """Put images, shape (n, C, H, W), side by side in one array; NaN stays empty."""
     padded = np.pad(images[:, 0], ((0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
     n, height, width = padded.shape
     grid = padded.reshape(n // columns, columns, height, width).swapaxes(1, 2)
@@ -98,7 +115,7 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def show_rows(axes, images: np.ndarray, labels: list[str]) -> None:
-    """Images of shape (rows, n, C, H, W), row by row, labelled."""
+    """Draw images, shape (rows, n, C, H, W), row by row, labelled."""
     rows, columns = images.shape[:2]
     picture = mosaic(images.reshape(-1, *images.shape[2:]), columns)
     axes.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
@@ -116,7 +133,7 @@ def separate_pairs(axes, pairs: int) -> None:
 
 @plt.rc_context(STYLE)
 def samples(runs: list[dict]) -> plt.Figure:
-    """Generated images after each experience of the first run, two for each class."""
+    """Draw generated images after each experience of the first run, two for each class."""
     run = runs[0]
     images = np.load(run["folder"] / "samples.npz")["samples"]
     experiences, columns = images.shape[:2]
@@ -129,13 +146,13 @@ def samples(runs: list[dict]) -> plt.Figure:
     axes.set_xlabel(
         "by the class that the solver sees in them, of 1,000 samples: the surest and the first"
     )
-    axes.set_title(title("What the generator remembers", runs[:1]))
+    axes.set_title(title("Samples of the generator", runs[:1]))
     return figure
 
 
 @plt.rc_context(STYLE)
 def generator(run: dict, arrays: dict) -> plt.Figure:
-    """Samples after each experience (left), and test images beside their reconstructions."""
+    """Draw samples after each experience, and test images beside their reconstructions."""
     images, originals = arrays["samples"], arrays["originals"]
     reconstructions = arrays.get("reconstructions")
     rows = 1 if reconstructions is None else 2
@@ -158,12 +175,12 @@ def generator(run: dict, arrays: dict) -> plt.Figure:
 
 
 @plt.rc_context(STYLE)
-def look(run: dict, arrays: dict) -> plt.Figure:
-    """What a saved generator paints: samples, reconstructions, walks through latent space."""
+def saved_generator(run: dict, arrays: dict) -> plt.Figure:
+    """Draw samples, reconstructions, and walks through latent space, by a saved generator."""
     titles = {
         "samples": title("Samples", [run]),
         "reconstructions": "Test images (above), and their reconstructions",
-        "walk": "From one digit to another, along a straight line in latent space",
+        "walks": "From one class to another, along a straight line in latent space",
     }
     heights = [len(images) / images.shape[1] for images in arrays.values()]
     figure, axes = plt.subplots(
@@ -178,7 +195,7 @@ def look(run: dict, arrays: dict) -> plt.Figure:
 
 @plt.rc_context(STYLE)
 def accuracy_matrix(runs: list[dict]) -> plt.Figure:
-    """Heat map of the mean accuracy matrix, in percent, without experiences yet to come."""
+    """Draw the mean accuracy matrix in percent, without experiences yet to come."""
     matrix = 100 * np.mean([run["accuracy_matrix"] for run in runs], axis=0)
     matrix[np.triu_indices(len(matrix), 1)] = np.nan
     lowest = 10 * np.floor(np.nanmin(matrix) / 10)  # or all that is good would look the same
@@ -191,7 +208,7 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
 
 @plt.rc_context(STYLE)
 def confusion_matrix(runs: list[dict]) -> plt.Figure:
-    """Heat map of the classes that the solver sees in test images, after the last experience."""
+    """Draw the classes that the solver sees in test images after the last experience."""
     counts = np.sum([run["confusion_matrix"] for run in runs], axis=0)
     share = 100 * counts / counts.sum(1, keepdims=True)
     norm = PowerNorm(0.4, 0, 100)  # errors are few, and what matters here
@@ -203,7 +220,7 @@ def confusion_matrix(runs: list[dict]) -> plt.Figure:
 
 
 def heat_map(matrix: np.ndarray, labels: list, unit: str, norm: Normalize) -> tuple:
-    """Annotated heat map of percentages; NaN stays empty. Returns its axes and the figure."""
+    """Draw an annotated heat map of percentages; NaN stays empty. Return axes and figure."""
     figure, axes = plt.subplots(figsize=(0.7 * WIDTH, 0.58 * WIDTH))
     image = axes.imshow(matrix, cmap="cividis", norm=norm)
     for (i, j), value in np.ndenumerate(matrix):
@@ -219,14 +236,14 @@ def heat_map(matrix: np.ndarray, labels: list, unit: str, norm: Normalize) -> tu
 
 @plt.rc_context(STYLE)
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
-    """Accuracy over the experiences seen so far, a line per name, mean and standard error.
+    """Draw the accuracy on the experiences so far: mean and standard error for each name.
 
     The best are shown once more, larger, where they would lie on each other.
     """
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.55 * WIDTH))
     close = []
-    for own, style in styled(runs):
-        curves = 100 * np.array([run["accuracy_matrix"] for run in own])
+    for group, style in styled(runs):
+        curves = 100 * np.array([run["accuracy_matrix"] for run in group])
         curves = np.stack([curves[:, i, : i + 1].mean(1) for i in range(curves.shape[1])], 1)
         x = np.arange(1, curves.shape[1] + 1)
         style["label"] += f": {curves[:, -1].mean():.2f}"
@@ -259,7 +276,7 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
 
 @plt.rc_context(STYLE)
 def forgetting(runs: list[dict]) -> plt.Figure:
-    """Accuracy on each experience from when it was learned to the end."""
+    """Draw the accuracy on each experience from when it was learned to the end."""
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
     matrices = 100 * np.array([run["accuracy_matrix"] for run in runs])
     x = np.arange(1, matrices.shape[1] + 1)
@@ -276,7 +293,7 @@ def forgetting(runs: list[dict]) -> plt.Figure:
 
 @plt.rc_context(STYLE)
 def losses(runs: list[dict]) -> plt.Figure:
-    """Losses of solver and generator over the iterations of all experiences."""
+    """Draw the losses of solver and generator over the iterations of all experiences."""
     arrays = [np.load(run["folder"] / "losses.npz") for run in runs]
     names = arrays[0].files
     figure, all_axes = plt.subplots(
@@ -297,58 +314,9 @@ def losses(runs: list[dict]) -> plt.Figure:
             axes.set_yscale("log")
         axes.grid(alpha=0.3, axis="y")
     axes.set_xlabel("iterations; a line where an experience ends")
-    all_axes[0, 0].set_title(title("Losses, of present and past", runs))
+    all_axes[0, 0].set_title(title("Losses, of current and replayed data", runs))
     return figure
 
 
-@plt.rc_context(STYLE)
-def generators(runs: list[dict]) -> plt.Figure:
-    """What is retained of the earlier experiences, against how well the generator paints."""
-    kinds = {
-        "label_accuracy": "images whose label\nthe classifier confirms (%)",
-        "precision": "precision of the samples (%)",
-        "recall": "recall of the samples (%)",
-    }
-    figure, all_axes = plt.subplots(1, 3, sharey=True, figsize=(WIDTH, 0.42 * WIDTH))
-    for axes, (kind, label) in zip(all_axes, kinds.items()):
-        for own, style in styled(runs):
-            x = [100 * run["sample_quality"][kind] for run in own]
-            y = [100 * np.mean(run["accuracy_matrix"][-1][:-1]) for run in own]
-            axes.plot(x, y, linestyle="", alpha=0.8, **style)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("final accuracy on the\nexperiences before the last (%)")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(title("Retention against sample quality", runs), fontsize="large")
-    return figure
-
-
-@plt.rc_context(STYLE)
-def ablation(runs: list[dict]) -> plt.Figure:
-    """Final accuracy of each step of the ablation, with its standard error, beside published ones.
-
-    The lower bound is left to the table: drawn here, it would push all others into a corner.
-    """
-    runs = [run for run in runs if run["name"] != "naive"]
-    rows = {name: row["final_accuracy"] for name, row in tables.statistics(runs).items()}
-    middle = [100 * row["mean"] for row in rows.values()]
-    error = [100 * (row["standard_error"] or 0) for row in rows.values()]
-    figure, axes = plt.subplots(figsize=(0.85 * WIDTH, 0.1 * WIDTH + 0.3 * len(rows)))
-    y = np.arange(len(rows))
-    axes.errorbar(middle, y, xerr=error, fmt="o", color=COLOURS[0], capsize=3)
-    for position, value in zip(y, middle):
-        axes.annotate(f"{value:.1f}", (value, position), (0, 7), textcoords="offset points",
-                      ha="center", fontsize="small",
-                      bbox={"color": "white", "pad": 0.5})  # fmt: skip
-    axes.set_yticks(y, rows)
-    axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
-    constants = runs[0]["constants"]
-    protocol = runs[0]["dataset"], constants["N_EXPERIENCES"], constants["VALIDATION_SIZE"]
-    if protocol == PROTOCOL:
-        for (text, value), style in zip(PUBLISHED.items(), (":", "--")):
-            axes.axvline(value, color="gray", linestyle=style, label=f"{text}: {value}")
-        axes.legend(fontsize="small", loc="lower left")
-    axes.grid(axis="x", alpha=0.3)
-    what = f"What each ingredient brings at {constants['ITERATIONS']} iterations"
-    axes.set_title(title(what, runs))
-    return figure
+if __name__ == "__main__":
+    results.run_command(main)

@@ -1,0 +1,71 @@
+"""The ablation: from plain DGR to the default recipe, a component at a time.
+
+`python -m figures.ablation --n-jobs 2 --seeds 0 1 2 --results-dir results/ablation`, with any
+option of GenerativeReplay.py. Edit the components here.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import GenerativeReplay
+import Generator
+from figures import draw, results
+
+# The components in the order in which they are added, and the constants that turn each off.
+COMPONENTS = {
+    "input dropout": {"INPUT_DROPOUT": 0.0},
+    "input shift": {"INPUT_SHIFT": 0},
+    "annealing": {"ANNEAL": False, "LEARNING_RATE": 0.001},
+    "soft targets": {"TEMPERATURE": None},
+    "class-conditional density": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
+    "KL weight": {"KL_WEIGHT": 1.0},
+}
+PLAIN_DGR = {name: value for off in COMPONENTS.values() for name, value in off.items()}
+
+
+def main() -> None:
+    """Run plain DGR, each step to the default recipe, and both bounds; draw the figure."""
+    constants = Generator.read_constants(Generator, GenerativeReplay)
+    if constants.GENERATOR != "vae":
+        raise results.UserError("the ablation takes the VAE apart: leave GENERATOR at vae")
+    images, constants = Generator.prepare(constants)
+    planned, off = [("replay", constants.model_copy(update=PLAIN_DGR), "plain DGR")], PLAIN_DGR
+    for component, constants_off in COMPONENTS.items():
+        off = {name: value for name, value in off.items() if name not in constants_off}
+        planned.append(("replay", constants.model_copy(update=off), f"+ {component}"))
+    planned += [("naive", constants, "naive"), ("joint", constants, "joint")]
+    runs = GenerativeReplay.run_all(planned, images, constants)
+    folder = Path(constants.RESULTS_DIR)
+    print("\n" + results.table(runs))
+    draw.save(ablation(runs), folder / "figures" / "ablation.png")
+
+
+@plt.rc_context(draw.STYLE)
+def ablation(runs: list[dict]) -> plt.Figure:
+    """Draw the final accuracy of each step with its standard error.
+
+    The lower bound is left to the table: drawn here, it would push all others into a corner.
+    """
+    runs = [run for run in runs if run["name"] != "naive"]
+    rows = {name: row["final_accuracy"] for name, row in results.statistics(runs).items()}
+    means = [100 * row["mean"] for row in rows.values()]
+    errors = [100 * (row["standard_error"] or 0) for row in rows.values()]
+    figure, axes = plt.subplots(figsize=(0.85 * draw.WIDTH, 0.1 * draw.WIDTH + 0.3 * len(rows)))
+    y = np.arange(len(rows))
+    axes.errorbar(means, y, xerr=errors, fmt="o", color=draw.COLOURS[0], capsize=3)
+    for position, value in zip(y, means):
+        axes.annotate(f"{value:.1f}", (value, position), (0, 7), textcoords="offset points",
+                      ha="center", fontsize="small",
+                      bbox={"color": "white", "pad": 0.5})  # fmt: skip
+    axes.set_yticks(y, rows)
+    axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
+    axes.grid(axis="x", alpha=0.3)
+    iterations = runs[0]["constants"]["ITERATIONS"]
+    axes.set_title(draw.title(f"What each component brings at {iterations} iterations", runs))
+    return figure
+
+
+if __name__ == "__main__":
+    results.run_command(main)

@@ -1,0 +1,251 @@
+"""The files that a run leaves, and the numbers of several runs.
+
+Each run has a folder, `results/<dataset>-<strategy>-<hash>-seed<n>`, with its `state.pt` to go on
+from and, once it is finished, its record `results.json`.
+"""
+
+import csv
+import math
+import os
+import platform
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from io import BytesIO, StringIO
+from json import loads
+from pathlib import Path
+from statistics import mean, stdev
+
+import joblib
+from filelock import FileLock, Timeout
+
+SCRIPTS = sorted(Path(__file__).parent.parent.glob("*.py"))
+# Constants that don't change the numbers of a run: they don't count in the name of its folder.
+ELSEWHERE = {
+    "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "LOAD", "STRATEGIES", "N_JOBS", "SCHEDULER",
+    "TENSORBOARD",
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something that the user has to change: reported in one line, with exit code 2."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run the main function of a script; end errors of the user and interruptions in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        text = "\ninterrupted; the same command goes on after the last finished experience"
+        print(text, file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------
+
+
+def run_folder(constants, strategy: str, seed: int) -> Path:
+    """Return the folder of a run; its name changes with the constants and the four scripts."""
+    deciding = constants.model_dump(exclude=ELSEWHERE)
+    digest = joblib.hash((deciding, [path.read_bytes() for path in SCRIPTS]))[:8]
+    return Path(constants.RESULTS_DIR) / f"{constants.DATASET}-{strategy}-{digest}-seed{seed}"
+
+
+@contextmanager
+def run_lock(folder: Path, title: str) -> Iterator[None]:
+    """Make the folder of a run and lock it; a killed process releases it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{title}: waiting for another process that works on it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(f"{title}: {error}; lower LEARNING_RATE, or change what diverges") from error
+    finally:
+        lock.release()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what is written there becomes `path` once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(folder: Path, strategy, generator, **progress) -> None:
+    """Save what a run needs to go on after an experience: tensors and plain values.
+
+    :param strategy: a `ReplayTemplate`.
+    :param generator: its generator, or None.
+    :param progress: whatever else `load_state` is to return.
+    """
+    import torch
+
+    state = {
+        "run": folder.name,
+        "strategy": strategy.state_dict(),
+        "generator": generator and generator.state_dict(),  # for `Generator.py --load`
+        "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+    }
+    buffer = BytesIO()
+    torch.save(state | progress, buffer)
+    with atomic(folder / "state.pt") as path:
+        path.write_bytes(buffer.getvalue())
+
+
+def read_state(path: Path) -> dict:
+    """Read what `save_state` has saved, all tensors on the CPU, without running any code in it."""
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["run"] == path.resolve().parent.name:
+            return state
+        reason = f"but of {state['run']}"
+    except Exception as error:  # a damaged file can raise anything
+        reason = type(error).__name__
+    raise UserError(f"{path} is no state of this run ({reason}); move it away to start anew")
+
+
+def load_state(folder: Path, strategy) -> dict | None:
+    """Bring a new strategy, and torch's random numbers, to where an interrupted run has ended.
+
+    :return: the saved state, or None if there is none.
+    """
+    import torch
+
+    if not (folder / "state.pt").exists():
+        return None
+    state = read_state(folder / "state.pt")
+    strategy.load_state_dict(state["strategy"])
+    cpu, *cuda = state["random"]
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+    return state
+
+
+def new_record(constants, name: str, seed: int, notice: str) -> dict:
+    """Start the record of a run with what its numbers depend on."""
+    packages = {package: version(package) for package in ("torch", "torchvision", "avalanche-lib")}
+    return {
+        "name": name,
+        "dataset": constants.DATASET,
+        "notice": notice,
+        "seed": seed,
+        "constants": constants.model_dump(),
+        "versions": {"python": platform.python_version(), **packages},
+        "seconds": 0.0,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Several runs
+# ------------------------------------------------------------------------------------------------
+
+KEYS = ("final_accuracy", "forgetting", "seconds")
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """Read the records of the runs in a folder or, if it has none, in its subfolders.
+
+    Each also gets the `folder` it lies in. A copy of a run is no other run.
+    """
+    files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
+    runs = []
+    for path in {file.parent.name: file for file in files}.values():
+        try:
+            runs.append(loads(path.read_text(encoding="utf-8")) | {"folder": path.parent})
+        except ValueError as error:
+            raise UserError(f"{path} can't be read ({error}); move it away") from error
+    if not runs:
+        raise UserError(f"there is no results.json in or below {str(folder)!r}")
+    return named_apart(runs)
+
+
+def named_apart(runs: list[dict]) -> list[dict]:
+    """Add data set and hash to the names of runs where they differ in them."""
+    datasets = {run["dataset"] for run in runs}
+    kinds = {(run["dataset"], run["name"], kind(run)) for run in runs}
+    names = [names for *names, _ in kinds]
+    named = []
+    for run in runs:
+        name = run["name"]
+        if names.count([run["dataset"], name]) > 1:
+            name += f" ({kind(run).rpartition('-')[2]})"
+        if len(datasets) > 1:
+            name = f"{run['dataset']}, {name}"
+        named.append(run | {"name": name})
+    return named
+
+
+def kind(run: dict) -> str:
+    """Return what a run has in common with those of other seeds: its folder without the seed."""
+    return run["folder"].name.rpartition("-seed")[0]
+
+
+def by_name(runs: list[dict]) -> dict[str, list[dict]]:
+    """Group runs of the same name."""
+    names = dict.fromkeys(run["name"] for run in runs)
+    return {name: [run for run in runs if run["name"] == name] for name in names}
+
+
+def over_seeds(values: list[float]) -> dict:
+    """Compute mean and standard error (None for a single value); keep the values."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": mean(values), "standard_error": error, "values": values}
+
+
+def statistics(runs: list[dict]) -> dict:
+    """Summarize runs: for each name its seeds, its constants, and `KEYS` over the seeds."""
+    return {
+        name: {key: group[0][key] for key in ("dataset", "notice", "constants", "versions")}
+        | {"seeds": [run["seed"] for run in group]}
+        | {key: over_seeds([run[key] for run in group]) for key in KEYS}
+        for name, group in by_name(runs).items()
+    }
+
+
+def table(runs: list[dict]) -> str:
+    """Format accuracy, forgetting and seconds: a line for each run, and for each name its mean."""
+    width = max(len(run["name"]) for run in runs) + 19
+    lines = [f"{'':{width}}{'final accuracy':>17}{'forgetting':>17}{'seconds':>9}"]
+    for name, row in statistics(runs).items():
+        for seed, *numbers in zip(row["seeds"], *(row[key]["values"] for key in KEYS)):
+            label = f"{name}, seed {seed}"
+            lines.append("{:{}}{:17.2%}{:17.2%}{:9.0f}".format(label, width, *numbers))
+        if len(row["seeds"]) > 1:
+            pairs = (f"{row[k]['mean']:.2%} ± {row[k]['standard_error']:.2%}" for k in KEYS[:2])
+            label, seconds = f"{name}, mean ± s.e.", row["seconds"]["mean"]
+            lines.append("{:{}}{:>17}{:>17}{:9.0f}".format(label, width, *pairs, seconds))
+    return "\n".join(lines)
+
+
+def tidy(runs: list[dict]) -> str:
+    """Format the accuracy matrices as CSV, a row for each number; experiences count from 1."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["strategy", "seed", "experience_trained", "experience_tested", "accuracy"])
+    for run in runs:
+        for trained, row in enumerate(run["accuracy_matrix"], 1):
+            for tested, accuracy in enumerate(row, 1):
+                writer.writerow([run["name"], run["seed"], trained, tested, accuracy])
+    return text.getvalue()
