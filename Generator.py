@@ -387,15 +387,13 @@ def load_digits() -> Images:
 
 def hold_out(images: Images, size: int) -> Images:
     """Replace the test set by `size` images of the training set, the same in every run."""
-    import torch
+    from sklearn.model_selection import train_test_split
 
     if not size:
         return images
-    order = torch.randperm(len(images.train[1]), generator=torch.Generator().manual_seed(0))
-    parts = (
-        tuple(part[rows] for part in images.train) for rows in (order[size:], order[:size])
-    )
-    return images._replace(**dict(zip(("train", "test"), parts)))
+    x, y = images.train
+    parts = train_test_split(x, y, test_size=size, stratify=y, random_state=0)
+    return images._replace(train=tuple(parts[::2]), test=tuple(parts[1::2]))
 
 
 def make_benchmark(images: Images, constants: BaseModel, cumulative: bool = False):

@@ -6,9 +6,9 @@ present against past. On them stand `GenerativeReplay`, the strategy that trains
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import TensorDataset
+from torch.utils.data import (
+    BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset,
+)  # fmt: skip
 from tqdm import tqdm
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
@@ -39,7 +41,6 @@ from avalanche.training.plugins import (  # noqa: E402
     SupervisedPlugin,
 )
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
-from avalanche.training.utils import cycle  # noqa: E402
 
 from GenerativeModel import GenerativeModel, critic_loss, negative_elbo  # noqa: E402
 
@@ -89,6 +90,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :raises ValueError: if the generator is to label and a temperature is given.
     """
 
+    AHEAD = 2048  # images that are generated at a time, at most
+
     def __init__(
         self,
         generator_strategy: SupervisedTemplate | None = None,
@@ -107,6 +110,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.old_generator = self.old_model = None
         self.experiences_learned = 0
         self.seen_classes: list[int] = []
+        self.ahead: list[Samples] = []  # generated for minibatches to come
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
     def check(self, generator: Module) -> None:
@@ -134,12 +138,21 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         amount = self.amount(len(strategy.mb_x))
         if amount == 0:
             return
-        with torch.no_grad():
-            self.replayed = self.sample(amount, self.old_generator, self.old_model)
+        if not self.ahead or len(self.ahead[0].x) != amount:
+            self.generate_ahead(amount)
+        self.replayed = self.ahead.pop()
         # Replayed samples take the task label of the first real one: there is only one head.
         task_labels = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         pairs = zip(strategy.mbatch, [self.replayed.x, self.replayed.y, *task_labels], strict=True)
         strategy.mbatch = [torch.cat([real, past.to(real.device)]) for real, past in pairs]
+
+    @torch.no_grad()
+    def generate_ahead(self, amount: int) -> None:
+        """Sample for many minibatches at once, as the old scholar is the same for all of them."""
+        count = amount * max(1, self.AHEAD // amount)
+        samples = self.sample(count, self.old_generator, self.old_model)
+        parts = (repeat(None) if part is None else part.split(amount) for part in samples)
+        self.ahead = [Samples(*minibatch) for minibatch in zip(*parts)]
 
     def sample(self, amount: int, generator: GenerativeModel, solver: Module | None) -> Samples:
         """Generate images of the learned experiences, and label them.
@@ -153,14 +166,11 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         x = generator.generate(amount)
         if solver is None:
             return Samples(x, torch.zeros(amount, dtype=torch.int64))
-        logits = solver(x)
-        seen = logits[:, self.seen_classes]
-        y = torch.tensor(self.seen_classes, device=x.device)[seen.argmax(1)]
-        if self.temperature is None:
-            return Samples(x, y)
-        targets = torch.zeros_like(logits)
-        targets[:, self.seen_classes] = (seen / self.temperature).softmax(1)
-        return Samples(x, y, targets)
+        all_logits = solver(x)
+        logits = torch.full_like(all_logits, -torch.inf)
+        logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
+        targets = None if self.temperature is None else (logits / self.temperature).softmax(1)
+        return Samples(x, logits.argmax(1), targets)
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again, so that training metrics count real ones only."""
@@ -177,7 +187,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         """Train the generator on the experience too, and release the old scholar."""
         super().after_training_exp(strategy, **kwargs)
         self.experiences_learned += 1
-        self.old_generator = self.old_model = None
+        self.old_generator, self.old_model, self.ahead = None, None, []
         strategy.optimizer.zero_grad()  # the last gradient can show an image
         if not self.model_is_generator:
             new_classes = strategy.experience.dataset.targets.uniques
@@ -291,24 +301,23 @@ class ReplayTemplate(SupervisedTemplate):
         return self.model(self.mb_x)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
-        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
-        if hasattr(self.adapted_dataset, "tensors"):
-            self.dataloader = self._tensor_loader(self.train_mb_size, shuffle)
-        else:
-            super().make_train_dataloader(shuffle=shuffle, **kwargs)
-        if self.iterations is not None:
-            self.dataloader = FixedIterations(self.dataloader, self.iterations)
+        """Load so many minibatches, over as many passes through the data as that takes."""
+        count = self.iterations and self.iterations * self.train_mb_size
+        random = RandomSampler(self.adapted_dataset, num_samples=count)
+        sampler = random if shuffle else SequentialSampler(self.adapted_dataset)
+        self.dataloader = self._loader(sampler, self.train_mb_size)
 
     def make_eval_dataloader(self, **kwargs):
-        """Feed from memory where the dataset allows it, else through Avalanche's loader."""
-        if hasattr(self.adapted_dataset, "tensors"):
-            self.dataloader = self._tensor_loader(self.eval_mb_size, shuffle=False)
-        else:
-            super().make_eval_dataloader(**kwargs)
+        """Load the data once, in order."""
+        self.dataloader = self._loader(SequentialSampler(self.adapted_dataset), self.eval_mb_size)
 
-    def _tensor_loader(self, batch_size: int, shuffle: bool) -> "TensorLoader":
-        tensors = [tensor.to(self.device) for tensor in self.adapted_dataset.tensors]
-        return TensorLoader(tensors, batch_size, shuffle)
+    def _loader(self, sampler: Sampler, batch_size: int) -> DataLoader:
+        data = self.adapted_dataset
+        if not hasattr(data, "tensors"):  # not ours
+            return DataLoader(data, batch_size, sampler=sampler, collate_fn=data.collate_fn)
+        tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
+        # Whole minibatches are taken out of the tensors, not sample by sample.
+        return DataLoader(tensors, None, sampler=BatchSampler(sampler, batch_size, drop_last=False))
 
     def state_dict(self) -> dict:
         """Collect what survives from one experience to the next: model, optimizer, clock, plugins.
@@ -495,7 +504,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
     A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
     Avalanche's `ReplayPlugin` doesn't say which keys it gave, so that an interrupted run could not
-    go on, and its loader ends with the larger of the two data sets.
+    go on.
 
     :param mem_size: number of images to store.
     """
@@ -504,19 +513,13 @@ class ExperienceReplayPlugin(SupervisedPlugin):
         super().__init__()
         self.mem_size = mem_size
         self.stored: list[Tensor] = []  # images, class labels, task labels, keys
-        self.minibatches: Iterator | None = None
-
-    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Prepare the stored images for the experience."""
-        if self.stored:
-            tensors = [part.to(strategy.device) for part in self.stored[:-1]]
-            self.minibatches = cycle(TensorLoader(tensors, strategy.train_mb_size, shuffle=True))
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate stored images, their labels and task labels to the minibatch."""
-        if self.minibatches is not None:
-            pairs = zip(strategy.mbatch, next(self.minibatches), strict=True)
-            strategy.mbatch = [torch.cat(pair) for pair in pairs]
+        if self.stored:
+            rows = torch.randint(len(self.stored[0]), (len(strategy.mb_x),))
+            pairs = zip(strategy.mbatch, self.stored)
+            strategy.mbatch = [torch.cat([new, old[rows].to(new.device)]) for new, old in pairs]
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Choose among the stored images and those of the experience."""
@@ -625,42 +628,6 @@ class TrainOnly(Sequential):
 # ------------------------------------------------------------------------------------------------
 # Data in memory
 # ------------------------------------------------------------------------------------------------
-
-
-class TensorLoader:
-    """Minibatches of tensors that lie in memory.
-
-    One `index_select` per tensor and minibatch, where a data loader collects sample by sample.
-
-    :param tensors: tensors of equal length: images, class labels, task labels.
-    :param batch_size: samples in a minibatch; the last one may be shorter.
-    :param shuffle: whether each pass has a new order.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
-        self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
-
-    def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        order = torch.randperm if self.shuffle else torch.arange
-        indices = order(len(self.tensors[0]), device=self.tensors[0].device)
-        for batch in indices.split(self.batch_size):
-            yield [tensor.index_select(0, batch) for tensor in self.tensors]
-
-
-class FixedIterations:
-    """Exactly `iterations` minibatches, over as many passes through `loader` as that takes."""
-
-    def __init__(self, loader: Sequence, iterations: int):
-        self.loader, self.iterations = loader, iterations
-
-    def __len__(self) -> int:
-        return self.iterations
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return islice(cycle(self.loader), self.iterations)
 
 
 def in_memory_dataset(x: Tensor, y: Tensor) -> TaskAwareSupervisedClassificationDataset:
