@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
@@ -56,6 +57,7 @@ class VAE(GenerativeModel):
     :param hidden_units: units in each hidden layer.
     :param latent_size: dimensions of the latent variable z.
     :param density: density from which z is sampled to generate; None: the prior N(0, I).
+    :param normalize: module that normalizes what the encoder sees; None: the images as they are.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class VAE(GenerativeModel):
         hidden_units: int = 400,
         latent_size: int = 32,
         density: "ClassConditionalGMM | None" = None,
+        normalize: nn.Module | None = None,
     ):
         super().__init__()
         self.latent_size, self.density = latent_size, density
         pixels = math.prod(shape)
         self.encoder = nn.Sequential(
+            normalize or nn.Identity(),
             nn.Flatten(),
             nn.Linear(pixels, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, hidden_units), nn.ReLU(),
@@ -229,8 +233,9 @@ class ClassConditionalGMM(nn.Module):
             count = min(self.weights.shape[1], max(1, len(encodings) // 100))
             seed = int(torch.randint(2**31, ()))
             mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
-            with warnings.catch_warnings():  # fifty steps are enough, converged or not
-                warnings.simplefilter("ignore", category=UserWarning)
+            # Fifty steps are enough, converged or not, and the threads of numpy and torch get into
+            # each other's way.
+            with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
                 mixture.fit(encodings.cpu().double().numpy())
             self.fitted[label] = True
             self.weights[label] = 0
@@ -267,8 +272,15 @@ class ConditionalVAE(VAE):
     :param classes: number of classes in the whole stream; for the others see `VAE`.
     """
 
-    def __init__(self, shape: tuple, classes: int, hidden_units: int = 400, latent_size: int = 8):
-        super().__init__(shape, hidden_units, latent_size)
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        hidden_units: int = 400,
+        latent_size: int = 8,
+        normalize: nn.Module | None = None,
+    ):
+        super().__init__(shape, hidden_units, latent_size, normalize=normalize)
         self.decoder[0] = nn.Linear(latent_size + classes, hidden_units)
         self.register_buffer("learned", torch.zeros(classes, dtype=torch.bool))
 

@@ -61,9 +61,10 @@ def run_all(
     """
     from joblib import Parallel, delayed
 
+    benchmark = Generator.make_benchmark(images, constants)
     for strategy, own, _ in planned:  # what can't be built ends the command before the first run
         try:
-            make_scholar(images, own, strategy)
+            make_scholar(benchmark, own, strategy)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"the scholar can't be built: {error}") from error
     with backend(constants):
@@ -120,7 +121,7 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, notice: str) 
         constants = Generator.seeded(constants, seed)
         images = Generator.load_images(constants)
         benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
-        scholar = make_scholar(images, constants, strategy, folder)
+        scholar = make_scholar(benchmark, constants, strategy, folder)
         generator = scholar.replay and scholar.replay.generator
         record = results.new_record(constants, name, seed, notice)
         state = {"record": record | {"accuracy_matrix": []}, "samples": []}
@@ -160,17 +161,18 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, notice: str) 
 
 
 def make_scholar(
-    images: Images, constants: BaseModel, strategy: str = "replay", folder: Path | None = None
+    benchmark, constants: BaseModel, strategy: str = "replay", folder: Path | None = None
 ):
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
+    :param benchmark: from `Generator.make_benchmark` or `in_memory_benchmark`.
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
     :param folder: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
     """
     from TrainingInstances import ExperienceReplayPlugin, GenerativeReplay, ReplayTemplate
 
-    solver = make_solver(images, constants)
+    solver = make_solver(benchmark, constants)
     iterations, batch_size = constants.ITERATIONS, constants.BATCH_SIZE
     arguments = Generator.training_arguments(
         "solver", solver, constants, iterations, batch_size, constants.LEARNING_RATE
@@ -183,14 +185,13 @@ def make_scholar(
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
         "ratio": constants.RATIO,
     }
-    generator_strategy = Generator.make_generator_strategy(
-        images.shape, len(images.classes), constants, **replay
-    )
+    generator_strategy = Generator.make_generator_strategy(benchmark, constants, **replay)
     if strategy == "er":
         # As many images as fit into the generator's bytes, with one byte for a pixel.
         state = generator_strategy.model.state_dict().values()
         size = sum(part.numel() * part.element_size() for part in state)
-        arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(images.shape)))
+        shape, *_ = Generator.properties(benchmark, constants)
+        arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(shape)))
         return ReplayTemplate(**arguments)
     return GenerativeReplay(
         generator_strategy=generator_strategy,
@@ -201,24 +202,27 @@ def make_scholar(
     )
 
 
-def make_solver(images: Images, constants: BaseModel):
+def make_solver(benchmark, constants: BaseModel):
     """Make the solver: fully connected, with a logit for each class. Edit it here."""
     from torch import nn
     from torchvision.transforms import v2
 
     from TrainingInstances import TrainOnly
 
-    shape, units = images.shape, constants.HIDDEN_UNITS
+    (shape, n_classes, normalize), units = (
+        Generator.properties(benchmark, constants), constants.HIDDEN_UNITS
+    )  # fmt: skip
     return nn.Sequential(
         # Generated images are a little blurred and a little too typical. Without the next two the
         # solver learns that blurred means old, and takes sharp test images for the newest classes.
         # A shift is that of a whole minibatch, real and replayed.
-        TrainOnly(v2.RandomCrop(shape[1:], padding=constants.INPUT_SHIFT)),
+        normalize,
+        TrainOnly(v2.RandomCrop(shape[1:], constants.INPUT_SHIFT, padding_mode="edge")),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, len(images.classes)),
+        nn.Linear(units, n_classes),
     )  # fmt: skip
 
 

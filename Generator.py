@@ -49,6 +49,7 @@ SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed inst
 SEEDS: Distinct[Annotated[int, Field(ge=0, lt=2**63)]] = (0,)  # one run each
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
+NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
 LEARNING_RATE: PositiveFloat = 0.002  # of Adam
 ANNEAL: bool = True  # anneal it to 0 over each experience (Loshchilov & Hutter 2017)
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
@@ -73,17 +74,14 @@ LOAD: str | None = None  # folder of an earlier run: show its generator instead 
 # ------------------------------------------------------------------------------------------------
 
 
-def make_generator_strategy(
-    shape: tuple[int, int, int], n_classes: int, constants: BaseModel, **replay
-):
+def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     """Wrap a new generator into its training strategy.
 
     It is trained with the solver's optimizer, batch size, learning rate and iterations unless
     another choice suits it better or the GENERATOR_... constants say so. For a generator of your
     own, add a branch here and its name to GENERATOR.
 
-    :param shape: shape of one image, (channels, height, width).
-    :param n_classes: number of classes in the whole stream.
+    :param benchmark: from `make_benchmark`.
     :param replay: replay_size, increasing_replay_size, ratio; see `DeepGenerativeReplayPlugin`.
     :return: a strategy with the generator as `model`, and `train(experience)`.
     """
@@ -94,18 +92,19 @@ def make_generator_strategy(
     from GenerativeModel import VAE, WGAN, ClassConditionalGMM, ConditionalVAE, negative_elbo
     from TrainingInstances import EvaluationOnly, VAETraining, WGANTraining
 
+    shape, n_classes, normalize = properties(benchmark, constants)
     units, latent_size = constants.HIDDEN_UNITS, constants.LATENT_SIZE
     learning_rate, iterations, betas = constants.LEARNING_RATE, constants.ITERATIONS, (0.9, 0.999)
     if constants.GENERATOR == "vae":
         components, latent_size, density = constants.MIXTURE_COMPONENTS, latent_size or 32, None
         if components:
             density = ClassConditionalGMM(n_classes, components, latent_size)
-        model = VAE(shape, units, latent_size, density)
+        model = VAE(shape, units, latent_size, density, normalize)
         loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
         strategy = partial(VAETraining, criterion=loss)
     elif constants.GENERATOR == "cvae":
         # Its z is sampled from N(0, I), so its encodings have to keep to that.
-        model = ConditionalVAE(shape, n_classes, units, latent_size or 8)
+        model = ConditionalVAE(shape, n_classes, units, latent_size or 8, normalize)
         loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
         strategy = partial(VAETraining, criterion=loss)
     else:
@@ -188,8 +187,7 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
         if not (folder / "generator.json").exists():
             constants = seeded(constants, seed)
             benchmark = make_benchmark(images, constants)
-            n_classes = len(images.classes)
-            strategy = make_generator_strategy(images.shape, n_classes, constants)
+            strategy = make_generator_strategy(benchmark, constants)
             generator = strategy.model
             record = results.new_record(constants, "generator", seed, images.notice)
             state = {"record": record | {"loss_matrix": []}, "pictures": []}
@@ -258,7 +256,7 @@ def show_saved_generator(folder: Path, constants: BaseModel) -> None:
         if name in type(constants).model_fields
     })  # fmt: skip
     images = load_images(constants)
-    strategy = make_generator_strategy(images.shape, len(images.classes), constants)
+    strategy = make_generator_strategy(make_benchmark(images, constants), constants)
     generator = strategy.model.to(device)
     generator.load_state_dict(state["generator"])
     arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
@@ -289,11 +287,6 @@ class Images(NamedTuple):
     test: tuple
     iterations: int  # minibatches per experience that suit it
     notice: str = ""  # belongs wherever results are shown
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of one image, (channels, height, width)."""
-        return tuple(self.train[0].shape[1:])
 
     @property
     def classes(self) -> list[int]:
@@ -414,6 +407,21 @@ def make_benchmark(images: Images, constants: BaseModel, cumulative: bool = Fals
     if cumulative:
         train = [tuple(map(torch.cat, zip(*train[: i + 1]))) for i in range(len(train))]
     return in_memory_benchmark(train, test)
+
+
+def properties(benchmark, constants: BaseModel) -> tuple:
+    """Return what solver and generator have to know of the stream before they meet it.
+
+    :return: shape of one image, (channels, height, width); number of classes; and the module that
+        normalizes images by mean and standard deviation of the first experience's pixels.
+    """
+    from torch import nn
+    from torchvision.transforms import v2
+
+    x, *_ = benchmark.train_stream[0].dataset.tensors
+    classes = [experience.classes_in_this_experience for experience in benchmark.train_stream]
+    normalize = v2.Normalize([x.mean()], [x.std()]) if constants.NORMALIZE else nn.Identity()
+    return tuple(x.shape[1:]), 1 + max(map(max, classes)), normalize
 
 
 def metric_row(metrics: dict, name: str) -> list[float]:

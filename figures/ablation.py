@@ -15,6 +15,7 @@ from figures import draw, results
 
 # The components in the order in which they are added, and the constants that turn each off.
 COMPONENTS = {
+    "normalized input": {"NORMALIZE": False},
     "input dropout": {"INPUT_DROPOUT": 0.0},
     "input shift": {"INPUT_SHIFT": 0},
     "annealing": {"ANNEAL": False, "LEARNING_RATE": 0.001},

@@ -37,7 +37,7 @@ def main() -> None:
     classifier = train_classifier(*images.train)
     for run in runs:
         own = constants.model_copy(update=run["constants"])
-        scholar = GenerativeReplay.make_scholar(images, own)
+        scholar = GenerativeReplay.make_scholar(Generator.make_benchmark(images, own), own)
         results.load_state(run["folder"], scholar)
         run["sample_quality"] = sample_quality(scholar, classifier, images.test[0])
     print("\n" + results.table(runs))

@@ -1,0 +1,73 @@
+"""What the tests share: the constants, the scripts as their users run them, and MNIST if it is there."""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import GenerativeReplay
+import Generator
+from figures import results
+
+ROOT = Path(__file__).parent.parent
+# No display, no network (a proxy that nobody listens on), and no MNIST from outside.
+OFFLINE = {
+    "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "DATA_DIR": "nowhere", "no_proxy": "",
+    **dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY"], "http://127.0.0.1:9"),
+}  # fmt: skip
+DATA_DIR = ROOT / os.environ.get("DATA_DIR", "data")
+needs_mnist = pytest.mark.skipif(
+    not (DATA_DIR / "MNIST" / "raw" / "train-images-idx3-ubyte").exists(),
+    reason=f"MNIST is not in {DATA_DIR}; set DATA_DIR to where it is",
+)
+
+# A server that has made the ten seconds of imports forks a process for each run.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["GenerativeReplay", "TrainingInstances", "figures.draw"])
+
+
+def all_constants(**changes):
+    """The constants of both scripts as they stand there, with changes."""
+    arguments, sys.argv = sys.argv, ["test"]
+    constants = Generator.read_constants(Generator, GenerativeReplay)
+    sys.argv = arguments
+    return constants.model_copy(update={"DEVICE": "cpu", "DATASET": "digits", **changes})
+
+
+def in_child(module, arguments, cwd, outputs):
+    """A script as its own process runs it, but for the imports."""
+    os.chdir(cwd)
+    os.environ.update(OFFLINE)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    Generator.DATA_DIR = OFFLINE["DATA_DIR"]
+    torch.set_num_threads(1)
+    sys.argv = [module, *map(str, arguments)]
+    try:
+        results.run_command(importlib.import_module(module.removesuffix(".py")).main)
+    finally:
+        threading._shutdown()  # as at the end of Python; else joblib's processes are waited for
+
+
+def begin(module, *arguments, cwd, outputs=(os.devnull, os.devnull)):
+    """Start a script ("GenerativeReplay.py") or a command ("figures.draw") in a process."""
+    process = SERVER.Process(target=in_child, args=(module, arguments, cwd, outputs))
+    process.start()
+    return process
+
+
+def run(module, *arguments, cwd):
+    """Run a script or a command to its end; return its code and what it printed."""
+    with TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = begin(module, *arguments, cwd=cwd, outputs=outputs)
+        process.join()
+        stdout, stderr = (output.read_text() for output in outputs)
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
