@@ -20,16 +20,17 @@ from figures import results
 from figures.results import UserError
 from Generator import Distinct, Images
 
+Strategy = Literal["replay", "naive", "joint", "er"]
+
 # ------------------------------------------------------------------------------------------------
 # Constants of the experiment. Those of data, stream, training and generator (DATASET, SEEDS,
 # ITERATIONS, GENERATOR, ...) stand at the top of Generator.py and are options here too.
-STRATEGIES: Distinct[Literal["replay", "naive", "joint", "er"]] = ("replay",)
-# replay: ours; naive: fine-tuning; joint: all data so far; er: experience replay, stored images
+STRATEGIES: Distinct[Strategy] = ("replay",)  # naive: fine-tuning; joint: all data; er: stored data
 REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: as many as real
 INCREASING_REPLAY_SIZE: bool = False  # double that number at each further experience
 RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
-REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # labels replayed images: the old solver
+REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
 INPUT_SHIFT: NonNegativeInt = 1  # pixels by which training images of the solver move at random
 INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores

@@ -443,48 +443,39 @@ def read_constants(*scripts: ModuleType) -> BaseModel:
     """
     fields, comments = {}, {}
     for script in scripts:
-        names = filter(str.isupper, script.__annotations__)
-        fields |= {name: (script.__annotations__[name], getattr(script, name)) for name in names}
+        types = script.__annotations__
+        fields |= {name: (types[name], getattr(script, name)) for name in types}
         source = Path(script.__file__).read_text(encoding="utf-8")
         comments |= dict(re.findall(r"^([A-Z_]+): .+ = .+?  # (.+)$", source, re.MULTILINE))
     options = {"--" + name.lower().replace("_", "-"): name for name in fields}
-
-    def unknown(word: str):
-        near = get_close_matches("--" + word.lstrip("-").lower().replace("_", "-"), options, n=1)
-        raise UserError(f"{word} is unknown; " + (f"did you mean {near[0]}?" if near else "see --help"))
-
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]",
         description=scripts[-1].__doc__.split("\n")[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for option, name in options.items():
-        kind, value = fields[name]
-        text = f"{comments.get(name, '')} ({value})".replace("%", "%%")
-        parser.add_argument(
-            option, dest=name, nargs="*", metavar="", help=text, default=argparse.SUPPRESS
-        )
-    changes, rest = parser.parse_known_args()
-    if rest:
-        unknown(rest[0].split("=")[0])
-    given = {}
-    for name, words in vars(changes).items():
-        kind, value = fields[name]
-        if kind is bool and not words:
-            words = ["true"]
-        if not isinstance(value, tuple) and len(words) == 1:
-            words = None if words[0].lower() == "none" else words[0]
-        given[name] = words
-    config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
+        text = f"{comments[name]} ({fields[name][1]})".replace("%", "%%")
+        parser.add_argument(option, dest=name, nargs="*", metavar="", help=text)
+    given, unknown = parser.parse_known_args()
+    if unknown:
+        word = unknown[0].split("=")[0]
+        near = get_close_matches("--" + word.strip("-").lower().replace("_", "-"), options, n=1)
+        raise UserError(f"{word} is unknown; {f'did you mean {near[0]}?' if near else 'see --help'}")
+    changes = vars(given)
+    for name, words in changes.items():
+        words = words or ["true"]  # an option alone switches on
+        if len(words) == 1 and not isinstance(fields[name][1], tuple):
+            changes[name] = None if words[0].lower() == "none" else words[0]
+    config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
     try:
-        return create_model("Constants", __config__=config, **fields)(**given)
+        return create_model("Constants", __config__=config, **fields)(**changes)
     except ValidationError as error:
         first = error.errors()[0]
-        name, value, what = first["loc"][0], first["input"], first["msg"]
-        raise UserError(f"{name} is {value!r}: {what[0].lower()}{what[1:]}; see --help") from None
+        name, value = first["loc"][0], repr(first["input"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name} is {value[:80]}: {message}; see --help") from None
 
 
 def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
@@ -497,7 +488,7 @@ def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
     if sorted(order) != classes:
         raise UserError(f"CLASS_ORDER is {order}, but has to name each of the classes {classes}")
     if constants.N_EXPERIENCES > len(order):
-        raise UserError(f"N_EXPERIENCES is {constants.N_EXPERIENCES}, more than {len(order)} classes")
+        raise UserError(f"N_EXPERIENCES is {constants.N_EXPERIENCES}, but there are only {len(order)} classes")
     if images.test[1].unique().tolist() != classes:
         raise UserError("a class is left without images to test on: raise VALIDATION_SIZE")
     constants = constants.model_copy(update={

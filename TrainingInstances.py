@@ -196,7 +196,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def state_dict(self) -> dict:
         """Collect what survives from one experience to the next, the generator included."""
-        state = {name: getattr(self, name) for name in ("experiences_learned", "seen_classes")}
+        state = {
+            "experiences_learned": self.experiences_learned, "seen_classes": self.seen_classes
+        }  # fmt: skip
         return state if self.model_is_generator else state | {"generator": self._saved.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -204,8 +206,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         if not self.model_is_generator:
             self._saved.load_state_dict(state["generator"])
         self.experiences_learned, self.seen_classes = (
-            state[name] for name in ("experiences_learned", "seen_classes")
-        )
+            state["experiences_learned"], state["seen_classes"]
+        )  # fmt: skip
         self.untrained_solver = self.experiences_learned == 0
 
     @property
@@ -550,13 +552,11 @@ class LossRecorder(SupervisedPlugin):
     def __init__(self, name: str, visible: bool = False):
         super().__init__()
         self.name, self.visible = name, visible
-        self.losses: list[Tensor] = []  # for each experience: one per iteration, on the CPU
-        self.latest: list[Tensor] = []  # since the last check
-        self.bar: tqdm | None = None
+        self.losses: list[Tensor] = []  # for each experience, shape (iterations,), on the CPU
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Start a new bar."""
-        self.losses.append(torch.empty(0))
+        self.current: list[Tensor] = []
         self.bar = tqdm(
             total=len(strategy.dataloader) * strategy.train_epochs,
             desc=f"experience {strategy.experience.current_experience + 1}, {self.name}",
@@ -567,32 +567,27 @@ class LossRecorder(SupervisedPlugin):
         )
 
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
-        """Note the loss, of current and replayed data, as it is minimised."""
-        self.latest.append(strategy.loss.detach())
-        if len(self.latest) == self.EVERY:
-            self.record(strategy)
+        """Record the loss, of current and replayed data, as it is minimised.
+
+        :raises FloatingPointError: if one of the latest is infinite or not a number.
+        """
+        self.current.append(strategy.loss.detach())
+        if len(self.current) % self.EVERY == 0 or len(self.current) == self.bar.total:
+            losses = torch.stack(self.current).cpu()
+            if not losses.isfinite().all():
+                self.bar.close()
+                first = int((~losses.isfinite()).nonzero()[0])
+                raise FloatingPointError(
+                    f"the loss of the {self.name} is {float(losses[first])} at experience "
+                    f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
+                )
+            self.bar.set_postfix_str(f"loss {losses[-self.EVERY:].mean():.3g}", refresh=False)
+            self.bar.update(len(losses) - self.bar.n)
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Record the last losses and take the bar away."""
-        self.record(strategy)
+        """Keep the experience's losses and take the bar away."""
+        self.losses.append(torch.stack(self.current).cpu())
         self.bar.close()
-
-    def record(self, strategy: SupervisedTemplate) -> None:
-        """Record the latest losses.
-
-        :raises FloatingPointError: if one is infinite or not a number.
-        """
-        latest, self.latest = torch.stack(self.latest or [torch.empty(0)]).flatten().cpu(), []
-        self.losses[-1] = torch.cat([self.losses[-1], latest])
-        if not latest.isfinite().all():
-            self.bar.close()
-            first = int((~self.losses[-1].isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"the loss of the {self.name} is {float(self.losses[-1][first])} at experience "
-                f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
-            )
-        self.bar.set_postfix_str(f"loss {latest.mean():.3g}", refresh=False)
-        self.bar.update(len(latest))
 
     def state_dict(self) -> dict:
         """Collect the losses so far."""

@@ -1,6 +1,6 @@
 """The schematic pictures of the README, drawn with matplotlib.
 
-Run: `python figures/schematics.py`; it writes scheme_*.svg and scheme_*.png beside itself.
+`python -m figures.schematics` writes scheme_*.svg beside itself.
 One visual language, in Okabe and Ito's colours: the solver is blue and the generator vermilion,
 images of now are green and those of the past purple, random draws are orange, and what is dashed
 is a frozen copy. Lengths are pixels of a README column, 830 wide; y points down.
@@ -24,13 +24,13 @@ NETWORKS |= dict.fromkeys(["generator", "encoder", "z_mean", "z_log_var", "decod
 
 
 def pale(colour: str) -> tuple[float, ...]:
-    """The colour with much white, for areas under text; of the past less, for the colour-blind."""
+    """Mix a colour with white, for areas under text; that of the past with less of it."""
     share = 0.45 if colour == REPLAYED else 0.2
     return tuple(share * part + 1 - share for part in to_rgb(colour))
 
 
 class Picture:
-    """A light card, readable on light and dark pages, and what is drawn on it, around (x, y)."""
+    """Draw shapes around (x, y) on a light card, readable on light and dark pages."""
 
     def __init__(self, height):
         self.figure = Figure(figsize=(WIDTH / 96, height / 96))
@@ -104,7 +104,7 @@ class Picture:
 
 
 def scholar() -> Picture:
-    """The scholar, from experience to experience."""
+    """Draw the scholar, from experience to experience."""
     p, past = Picture(382), None
     columns = [(95, "0 1", "0 1"), (350, "2 3", "0 1 2 3"), (605, "4 5", "0 … 5")]
     for k, (x, now, so_far) in enumerate(columns, 1):
@@ -132,7 +132,7 @@ def scholar() -> Picture:
 
 
 def vae() -> Picture:
-    """The layers of the VAE, and where a z comes from when it paints."""
+    """Draw the layers of the VAE, and the density from which z is sampled to generate."""
     p, y = Picture(378), 148
     layers = [(99, y, 200, 784), (157, y, 134, 400), (215, y, 134, 400), (294, y - 46, 40, 32),
               (294, y + 46, 40, 32), (504, y, 40, 32), (574, y, 134, 400), (632, y, 134, 400),
@@ -148,13 +148,13 @@ def vae() -> Picture:
         p.words(x, at - 79, "ReLU" if units == 400 else "")
     image, noise = p.sheets(792, y, "image", REPLAYED, width=46), p.dot(402, 32, "ε", RANDOM)
     sample = p.box(402, y, "reparametrize\n\n\n", 140, 132)
-    mixtures = p.box(504, 290, "LatentMixtures\n10 Gaussians per class", 0, 48, REPLAYED)
+    mixtures = p.box(504, 290, "ClassConditionalGMM\n10 Gaussians per class", 0, 48, REPLAYED)
     p.words(402, y + 18, "z_mean + σ · ε\nσ = exp(½ z_log_var)")
     p.words(424, 32, "from N(0, I)", "left")
     p.names(
         (294, 69, "z_log_var"), (256, 229, "z_mean"), (504, 114, "z"), (690, 36, "logits"),
         (157, 268, "encoder"), (632, 268, "decoder"), (735, 135, "sigmoid"), (352, 278, "fit"),
-        (528, 224, "draw"), (221, 352, "HIDDEN_UNITS = 400"), (394, 352, "LATENT_SIZE = 32"),
+        (528, 224, "sample"), (221, 352, "HIDDEN_UNITS = 400"), (394, 352, "LATENT_SIZE = 32"),
         (589, 352, "MIXTURE_COMPONENTS = 10"),
     )  # fmt: skip
     p.link("h", p.sheets(36, y, "x", CURRENT), bars[0])
@@ -168,7 +168,7 @@ def vae() -> Picture:
 
 
 def graph() -> Picture:
-    """The computational graph of one pass, from the images to the loss."""
+    """Draw the computational graph of one pass, from the images to the loss."""
     p = Picture(396)
     p.frame(376, 198, 608, 204)
     p.frame(356, 204, 146, 172, PAPER)
@@ -196,7 +196,7 @@ def graph() -> Picture:
 
 
 def reparametrization() -> Picture:
-    """Where the gradient flows if z is drawn inside the network, and if the draw is an input."""
+    """Draw where the gradient flows if z is sampled inside the network, and if ε is an input."""
     p = Picture(440)
 
     def half(middle, title, formula, colour, columns, passes):
@@ -221,35 +221,35 @@ def reparametrization() -> Picture:
                 p.arrow((x + 8, top), (x + 8, bottom), colour=INK, line=3)
 
     inside, outside = "z ~ N(z_mean, exp(z_log_var))", "z_mean + exp(0.5 * z_log_var) * ε"
-    half(211, "before: z is drawn inside", inside, RANDOM, (137, 285), False)
-    half(619, "after: the draw is an input", outside, GREY, (519, 627), True)
+    half(211, "before: z is sampled inside", inside, RANDOM, (137, 285), False)
+    half(619, "after: ε is an input", outside, GREY, (519, 627), True)
     p.dot(741, 320, "ε", RANDOM)
     p.arrow((741, 306), (741, 237))
     p.words(741, 348, "from N(0, I)")
     p.words(741, 392, "σ = exp(½ z_log_var)")
-    p.words(211, 278, "no gradient\nthrough a draw")
+    p.words(211, 278, "no gradient\nthrough a sample")
     p.words(540, 270, "∂z/∂z_mean\n= 1", "left")
     p.words(648, 270, "∂z/∂z_log_var\n= ½ σ ε", "left")
     return p
 
 
 def replay() -> Picture:
-    """How an experience is learned: first by the solver, then by the generator."""
+    """Draw how an experience is learned: first by the solver, then by the generator."""
     p = Picture(552)
 
     def step(y, title, names):
-        (strategy, plugin, painter, paint, made, teacher, label, target, new, known, learner,
+        (strategy, plugin, source, generate, made, teacher, label, target, new, known, learner,
          criterion) = names.split()  # fmt: skip
         now, past = y - 65, y + 80
         p.frame(WIDTH / 2, y - 8, WIDTH - 20, 258)
         p.words(26, y - 116, title, "left", "bold")
         p.words(26, now, "current minibatch", "left")
         p.names(
-            (268, y - 116, strategy, "left"), (804, y - 116, "r = importance = 1/k", "right"),
-            (26, past - 36, plugin, "left"), (158, past - 13, paint), (399, past - 13, label),
+            (268, y - 116, f"{strategy}, {plugin}", "left"), (804, y - 116, "r = ratio = 1/k", "right"),
+            (158, past + 32, generate), (399, past + 32, label),
             (534, y - 45, "torch.cat"), (765, y - 29, "r ×"), (741, y + 38, "(1 − r) ×"),
         )  # fmt: skip
-        painter, teacher = p.box(82, past, painter, 112), p.box(318, past, teacher, 112)
+        source, teacher = p.box(82, past, source, 112), p.box(318, past, teacher, 112)
         x, made = p.sheets(207, now, "x", CURRENT), p.sheets(207, past, made, REPLAYED)
         target = p.sheets(458, past, target, REPLAYED, width=58)
         new = p.sheets(534, y - 18, new, CURRENT, 22)
@@ -258,7 +258,7 @@ def replay() -> Picture:
         model, loss = p.box(625, y, learner, 78), p.box(784, y, "loss")
         current = p.box(700, now, f"current\n{criterion}", 112, 46)
         replayed = p.box(700, past, f"replayed\n{criterion}", 112, 46)
-        p.link("h", painter, made, teacher, target, replayed, colour=REPLAYED)
+        p.link("h", source, made, teacher, target, replayed, colour=REPLAYED)
         p.link("vh", made, known, colour=REPLAYED)
         p.link("h", both, model)
         for part in current, replayed:
@@ -267,14 +267,14 @@ def replay() -> Picture:
         return x, new, current
 
     x, new, current = step(
-        149, "1  The solver learns experience k:", "GenerativeReplay ReplayedData old_generator"
-        " paint x old_model label targets x x model cross_entropy",
+        149, "1  The solver learns experience k:", "GenerativeReplay DeepGenerativeReplayPlugin"
+        " old_generator generate x old_model label targets x x model cross_entropy",
     )  # fmt: skip
     p.link("vh", x, new, colour=CURRENT)
     p.link("h", p.sheets(277, x.y, "y", CURRENT), current, colour=CURRENT)
     x, new, current = step(
-        419, "2  Then the generator learns it:", "VAETraining ReplayedLatents old_generator"
-        " draw z old_generator decode x z z decoder negative_elbo",
+        419, "2  Then the generator learns it:", "VAETraining ReplayAlignmentPlugin"
+        " old_generator sample z old_generator decode x z z decoder negative_elbo",
     )  # fmt: skip
     encoder = p.box(318, new.y, "encoder", 0, 30)
     p.link("vh", x, encoder, colour=CURRENT)
@@ -286,13 +286,12 @@ def replay() -> Picture:
 
 
 def main() -> None:
-    """Write each picture as SVG (text as paths) and as PNG (half as large again)."""
+    """Write each picture as SVG, its text as paths."""
     matplotlib.rcParams["svg.hashsalt"] = "schematics"  # the same file from every run
     for picture in scholar, vae, graph, reparametrization, replay:
-        path = str(Path(__file__).with_name(f"scheme_{picture.__name__}"))
+        path = Path(__file__).with_name(f"scheme_{picture.__name__}.svg")
         figure = picture().figure
-        figure.savefig(path + ".svg", transparent=True, metadata={"Date": None, "Creator": None})
-        figure.savefig(path + ".png", transparent=True, dpi=144, metadata={"Software": None})
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
