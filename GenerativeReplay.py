@@ -63,15 +63,16 @@ def run_all(
     from joblib import Parallel, delayed
 
     benchmark = Generator.make_benchmark(images, constants)
-    for strategy, own, _ in planned:  # what can't be built ends the command before the first run
+    for strategy, changed, _ in planned:  # what can't be built ends the command before any run
         try:
-            make_scholar(benchmark, own, strategy)
+            make_scholar(benchmark, changed, strategy)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"the scholar can't be built: {error}") from error
+    images = images._replace(train=(), test=())  # each process loads them itself
     with backend(constants):
         return Parallel()(
-            delayed(run)(strategy, own, seed, name, images.notice)
-            for strategy, own, name in planned
+            delayed(run)(strategy, changed, seed, name, images)
+            for strategy, changed, name in planned
             for seed in constants.SEEDS
         )
 
@@ -100,31 +101,32 @@ def backend(constants: BaseModel):
     return parallel_config("dask", client=client)
 
 
-def run(strategy: str, constants: BaseModel, seed: int, name: str, notice: str) -> dict:
+def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Images) -> dict:
     """Train a scholar along the stream, evaluate it after each experience, and record the results.
 
     A finished run is not run again; an interrupted one goes on after its last experience.
 
     :param strategy: one of `STRATEGIES`.
-    :param name: what tables and figures call it.
-    :param notice: what has to be said of the images, see `Images`.
+    :param name: its name in tables and figures.
+    :param images: the data set, without its tensors.
     :return: the record, with the `folder` it lies in.
     """
     import numpy as np
     import torch
 
-    title, folder = f"{name}, seed {seed}", results.run_folder(constants, strategy, seed)
+    title, folder = f"{name}, seed {seed}", results.run_folder(constants, images, strategy, seed)
     with results.run_lock(folder, title):
         if (folder / "results.json").exists():
             print(f"{title}: finished already, in {folder}", flush=True)
             record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            return record | {"name": name, "notice": notice, "folder": folder}
+            return record | {"name": name, "notice": images.notice, "folder": folder}
         constants = Generator.seeded(constants, seed)
-        images = Generator.load_images(constants)
-        benchmark = Generator.make_benchmark(images, constants, cumulative=strategy == "joint")
+        benchmark = Generator.make_benchmark(Generator.load_images(constants), constants)
         scholar = make_scholar(benchmark, constants, strategy, folder)
         generator = scholar.replay and scholar.replay.generator
-        record = results.new_record(constants, name, seed, notice)
+        record = results.new_record(constants, images, name, seed)
+        record["experiences"], names = Generator.stream_names(images, constants)
+        record |= {"classes": [names[y] for y in sorted(names)], "label_order": list(names)}
         state = {"record": record | {"accuracy_matrix": []}, "samples": []}
         state |= results.load_state(folder, scholar) or {}
         record, samples, matrix = state["record"], state["samples"], state["record"]["accuracy_matrix"]
@@ -135,7 +137,7 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, notice: str) 
             metrics = scholar.eval(benchmark.test_stream)
             matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp"))
             if generator:
-                samples.append(samples_per_class(scholar, constants.CLASS_ORDER))
+                samples.append(samples_per_class(scholar, list(names)))
             record["seconds"] += time.perf_counter() - started
             results.save_state(folder, scholar, generator, record=record, samples=samples)
             print(
@@ -171,7 +173,9 @@ def make_scholar(
     :param folder: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
     """
-    from TrainingInstances import ExperienceReplayPlugin, GenerativeReplay, ReplayTemplate
+    from TrainingInstances import (
+        ExperienceReplayPlugin, GenerativeReplay, JointTraining, ReplayTemplate,
+    )  # fmt: skip
 
     solver = make_solver(benchmark, constants)
     iterations, batch_size = constants.ITERATIONS, constants.BATCH_SIZE
@@ -180,7 +184,7 @@ def make_scholar(
     )
     arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
     if strategy in ("naive", "joint"):
-        return ReplayTemplate(**arguments)
+        return (JointTraining if strategy == "joint" else ReplayTemplate)(**arguments)
     replay = {
         "replay_size": constants.REPLAY_SIZE,
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
@@ -249,11 +253,11 @@ def make_evaluator(logs: Path | None):
 # ------------------------------------------------------------------------------------------------
 
 
-def samples_per_class(scholar, class_order: tuple[int, ...]):
+def samples_per_class(scholar, labels: list[int]):
     """Sort 1,000 generated images by the class that the solver sees in them, and choose two each.
 
-    :return: images, shape (2 * classes, C, H, W): for each class in the order of the stream the one
-        of which the solver is surest, and the first; NaN where a class isn't among the images.
+    :return: images, shape (2 * classes, C, H, W): for each label the one of which the solver is
+        surest, and the first; NaN where a class isn't among the images.
     """
     import torch
 
@@ -261,8 +265,8 @@ def samples_per_class(scholar, class_order: tuple[int, ...]):
     x, seen = x.to(scholar.device), seen.to(scholar.device)
     with torch.no_grad():
         certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
-    pictures = torch.full((len(class_order), 2, *x.shape[1:]), torch.nan)
-    for pair, label in zip(pictures, class_order):
+    pictures = torch.full((len(labels), 2, *x.shape[1:]), torch.nan)
+    for pair, label in zip(pictures, labels):
         rows = (seen[index] == label).nonzero().flatten()
         if len(rows):
             pair[0] = x[rows[certainty[rows].argmax()]]
@@ -283,7 +287,7 @@ def forgetting(matrix: list[list[float]]) -> float:
 
 
 def confusions(scholar, stream) -> list[list[int]]:
-    """Count the classes that the solver sees (columns) in the images of each class (rows).
+    """Count the labels that the solver sees (columns) in the images of each label (rows).
 
     Avalanche's metric counts image by image, which takes as long as the rest of an evaluation.
     """

@@ -40,11 +40,13 @@ Distinct = Annotated[tuple[T, ...], AfterValidator(check_distinct)]
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 # Those of replay (REPLAY_SIZE, RATIO, ...) stand at the top of GenerativeReplay.py.
-DATASET: Literal["auto", "mnist", "fashion", "kmnist", "digits"] = "auto"  # auto: mnist, else digits
-DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where images lie, or are downloaded to
+DATASET: str = "auto"  # mnist, fashion, kmnist, digits; a folder of images; auto: mnist, else digits
+DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
+IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
+SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; pixels in another order
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
-CLASS_ORDER: Distinct[NonNegativeInt] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # in which classes arrive
+CLASS_ORDER: Distinct[NonNegativeInt] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
 SEEDS: Distinct[Annotated[int, Field(ge=0, lt=2**63)]] = (0,)  # one run each
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
@@ -182,18 +184,19 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
 
     from figures import draw
 
-    title, folder = f"generator, seed {seed}", results.run_folder(constants, "generator", seed)
+    title, folder = f"generator, seed {seed}", results.run_folder(constants, images, "generator", seed)
     with results.run_lock(folder, title):
         if not (folder / "generator.json").exists():
             constants = seeded(constants, seed)
             benchmark = make_benchmark(images, constants)
             strategy = make_generator_strategy(benchmark, constants)
             generator = strategy.model
-            record = results.new_record(constants, "generator", seed, images.notice)
+            record = results.new_record(constants, images, "generator", seed)
+            record["experiences"], names = stream_names(images, constants)
             state = {"record": record | {"loss_matrix": []}, "pictures": []}
             state |= results.load_state(folder, strategy) or {}
             record, pictures = state["record"], state["pictures"]
-            originals, labels = first_of_each_class(images, constants)
+            originals, labels = first_of_each_class(benchmark, list(names), constants.DEVICE)
 
             for experience in benchmark.train_stream[len(pictures) :]:
                 started = time.perf_counter()
@@ -224,13 +227,14 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
     print(f"{title}: {folder / 'generator.png'}")
 
 
-def first_of_each_class(images: "Images", constants: BaseModel) -> tuple:
-    """Return the first test image of each class, in the order of the stream, and the labels."""
+def first_of_each_class(benchmark, labels: list[int], device: str) -> tuple:
+    """Return the first test image of each label, in this order, and the labels."""
     import torch
 
-    x, y = images.test
-    originals = torch.cat([x[y == label][:1] for label in constants.CLASS_ORDER])
-    return originals.to(constants.DEVICE), torch.tensor(constants.CLASS_ORDER).to(constants.DEVICE)
+    tensors = (experience.dataset.tensors for experience in benchmark.test_stream)
+    x, y, _ = map(torch.cat, zip(*tensors))
+    originals = torch.cat([x[y == label][:1] for label in labels])
+    return originals.to(device), torch.tensor(labels).to(device)
 
 
 def show_saved_generator(folder: Path, constants: BaseModel) -> None:
@@ -256,12 +260,13 @@ def show_saved_generator(folder: Path, constants: BaseModel) -> None:
         if name in type(constants).model_fields
     })  # fmt: skip
     images = load_images(constants)
-    strategy = make_generator_strategy(make_benchmark(images, constants), constants)
-    generator = strategy.model.to(device)
+    benchmark = make_benchmark(images, constants)
+    generator = make_generator_strategy(benchmark, constants).model.to(device)
     generator.load_state_dict(state["generator"])
     arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
     if hasattr(generator, "reconstruct"):
-        originals, labels = first_of_each_class(images, constants)
+        labels = list(stream_names(images, constants)[1])
+        originals, labels = first_of_each_class(benchmark, labels, device)
         with torch.no_grad():  # each row of walks goes from one class to the next, in twenty steps
             ends = generator.decoder_input(generator.encode(originals)[0], labels)[:, None]
             share = torch.linspace(0, 1, 20, device=device)[:, None]
@@ -285,22 +290,18 @@ class Images(NamedTuple):
     name: str
     train: tuple  # images (float32 in [0, 1], shape (n, C, H, W)), class labels (int64, shape (n,))
     test: tuple
-    iterations: int  # minibatches per experience that suit it
+    classes: list[str]  # names of the class labels
+    iterations: int = 2000  # minibatches per experience that suit it
     notice: str = ""  # belongs wherever results are shown
-
-    @property
-    def classes(self) -> list[int]:
-        """The class labels."""
-        return self.train[1].unique().tolist()
 
 
 # torchvision checks the packed files that it downloads, not the unpacked ones that lie in DATA_DIR.
 CHECKSUMS = {
-    "mnist": (
+    "MNIST": (
         "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
         "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
     ),
-    "fashion": (
+    "FashionMNIST": (
         "f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
         "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965",
     ),
@@ -314,23 +315,37 @@ def load_images(constants: BaseModel) -> Images:
 
     :raises UserError: if a data set that was asked for by name can't be had, or is damaged.
     """
-    if constants.DATASET == "digits":
+    from sklearn.model_selection import train_test_split
+
+    name, size = constants.DATASET, constants.VALIDATION_SIZE
+    published = {"auto": "MNIST", "mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
+    if name == "digits":
         images = load_digits()
-    elif constants.DATASET == "auto":
+    elif name in published:
         try:
-            images = load_torchvision("mnist", constants.DATA_DIR)
+            images = load_published(published[name], constants.DATA_DIR)
         except ConnectionError as error:
+            if name != "auto":
+                raise
             images = load_digits()._replace(notice="scikit-learn's 8x8 digits, NOT MNIST")
             text = f"{error}. This run uses {images.notice}."
             print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
     else:
-        images = load_torchvision(constants.DATASET, constants.DATA_DIR)
-    return hold_out(images, constants.VALIDATION_SIZE)
+        images = load_folder(Path(name).expanduser(), constants.IMAGE_SIZE)
+    if size:
+        x, y = images.train
+        try:
+            parts = train_test_split(x, y, test_size=size, stratify=y, random_state=0)
+        except ValueError as error:
+            raise UserError(f"VALIDATION_SIZE is {size}: {error}") from None
+        images = images._replace(train=tuple(parts[::2]), test=tuple(parts[1::2]))
+    return images
 
 
-def load_torchvision(name: str, data_dir: str) -> Images:
-    """Load MNIST, Fashion-MNIST or KMNIST by torchvision, which downloads it if it is missing.
+def load_published(name: str, data_dir: str) -> Images:
+    """Load a data set of torchvision, which downloads it if it is missing.
 
+    :param name: "MNIST", "FashionMNIST" or "KMNIST".
     :raises ConnectionError: if it can't be downloaded.
     :raises UserError: if a file is there, but isn't the published one.
     """
@@ -340,25 +355,24 @@ def load_torchvision(name: str, data_dir: str) -> Images:
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
-    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
-    data_dir = os.path.expanduser(data_dir)
-    folder = Path(data_dir, kind[name].__name__, "raw")
-    files = [Path(packed).stem for packed, _ in kind[name].resources]
+    kind, data_dir = getattr(datasets, name), os.path.expanduser(data_dir)
+    files = [Path(data_dir, name, "raw", Path(packed).stem) for packed, _ in kind.resources]
     for file, checksum in zip(files, CHECKSUMS.get(name, ())):
-        if (folder / file).exists() and not check_integrity(folder / file, checksum):
-            raise UserError(f"{folder / file} isn't the published file; delete it, or set DATA_DIR")
+        if file.exists() and not check_integrity(file, checksum):
+            raise UserError(f"{file} isn't the published file; delete it, or set DATA_DIR")
     try:
-        socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
-        if not all((folder / file).exists() for file in files):
+        if not all(file.exists() for file in files):
+            socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
             with FileLock(Path(data_dir, "lock")):  # two copies of a command
-                kind[name](data_dir, download=True)
-        train, test = (kind[name](data_dir, train=train) for train in (True, False))
+                kind(data_dir, download=True)
+        train, test = (kind(data_dir, train=train) for train in (True, False))
     except (RuntimeError, OSError) as error:
         reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
-        raise ConnectionError(f"{name} is not in {str(folder)!r} and can't be downloaded ({reason})"
-                              "; set DATA_DIR, or DATASET to 'digits'") from error  # fmt: skip
+        text = f"{files[0]} is missing and can't be downloaded ({reason}); set DATA_DIR to the "
+        raise ConnectionError(text + f"folder of {name}, or DATASET to 'digits'") from error
     pairs = ((part.data.unsqueeze(1).float() / 255, part.targets.long()) for part in (train, test))
-    return Images(name, *pairs, iterations=2000)
+    classes = [name.split(" - ")[0] for name in train.classes]  # of "0 - zero" the digit is enough
+    return Images(name.lower().removesuffix("mnist") or "mnist", *pairs, classes)
 
 
 def load_digits() -> Images:
@@ -375,38 +389,87 @@ def load_digits() -> Images:
     x = torch.nn.functional.interpolate(x, size=(28, 28), mode="bilinear")
     y = torch.tensor(y, dtype=torch.int64)
     rows = train_test_split(torch.arange(len(y)), test_size=0.2, stratify=y, random_state=0)
-    return Images("digits", *((x[part], y[part]) for part in rows), iterations=300)
+    parts = ((x[part], y[part]) for part in rows)
+    return Images("digits", *parts, [str(label) for label in range(10)], iterations=300)
 
 
-def hold_out(images: Images, size: int) -> Images:
-    """Replace the test set by `size` images of the training set, the same in every run."""
-    from sklearn.model_selection import train_test_split
+def load_folder(folder: Path, size: int | None) -> Images:
+    """Load a folder of images: `train/` and `test/`, with a subfolder for each class.
 
-    if not size:
-        return images
-    x, y = images.train
-    parts = train_test_split(x, y, test_size=size, stratify=y, random_state=0)
-    return images._replace(train=tuple(parts[::2]), test=tuple(parts[1::2]))
+    Images without colour get one channel. The name of the data set gets a checksum, so that results
+    of other images have other names.
+
+    :param size: height and width to resize the images to; None: as they are, all the same.
+    :raises UserError: if the folder isn't like that.
+    """
+    import joblib
+    import torch
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise UserError(
+                f"DATASET is {str(folder)!r}: neither auto, mnist, fashion, kmnist or digits nor a "
+                f"folder with train/ and test/ in it ({folder / part} is missing)"
+            )
+    resize = v2.Resize((size, size)) if size else v2.Identity()
+    transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    train, test = (ImageFolder(folder / part, transform) for part in ("train", "test"))
+    if different := set(train.classes) ^ set(test.classes):
+        raise UserError(f"{folder}: class {min(different)!r} is in only one of train/ and test/")
+    parts = []
+    for data in (train, test):
+        images = [image for image, _ in data]
+        if len({image.shape for image in images}) > 1:
+            raise UserError(f"{data.root} has images of several sizes; set IMAGE_SIZE to one")
+        parts.append((torch.stack(images), torch.tensor(data.targets)))
+    if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
+        parts = [(x[:, :1].contiguous(), y) for x, y in parts]
+    digest = joblib.hash([x.numpy() for x, _ in parts])[:8]
+    return Images(f"{folder.resolve().name}-{digest}", *parts, train.classes)
 
 
-def make_benchmark(images: Images, constants: BaseModel, cumulative: bool = False):
-    """Make a class-incremental stream: new classes in each experience, and no task identity.
+def make_benchmark(images: Images, constants: BaseModel):
+    """Make the stream of experiences that SCENARIO names, without task identity.
 
-    :param cumulative: whether each experience also brings all earlier images once more.
     :return: an Avalanche benchmark with `train_stream` and `test_stream`, equally long.
     """
     import torch
 
     from TrainingInstances import in_memory_benchmark
 
-    groups = torch.tensor(constants.CLASS_ORDER).tensor_split(constants.N_EXPERIENCES)
-    train, test = (
-        [(x[mask], y[mask]) for mask in (torch.isin(y, group) for group in groups)]
-        for x, y in (images.train, images.test)
-    )
-    if cumulative:
-        train = [tuple(map(torch.cat, zip(*train[: i + 1]))) for i in range(len(train))]
-    return in_memory_benchmark(train, test)
+    def split(x, y):
+        if constants.SCENARIO == "permuted":  # Shin et al. 2017, section 4.1
+            return [(x.flatten(1)[:, order].view_as(x), y) for order in permutations]
+        experiences = []
+        for group in torch.tensor(constants.CLASS_ORDER).tensor_split(constants.N_EXPERIENCES):
+            rows = torch.isin(y, group)
+            labels = y[rows]
+            if constants.SCENARIO == "domain":  # the place of a class in its experience
+                labels = (labels[:, None] == group).int().argmax(1)
+            experiences.append((x[rows], labels))
+        return experiences
+
+    permutations = [torch.arange(images.train[0][0].numel())]  # the first leaves images as they are
+    if constants.SCENARIO == "permuted":
+        others = range(1, constants.N_EXPERIENCES)
+        permutations += [torch.randperm(len(permutations[0])) for _ in others]
+    return in_memory_benchmark(split(*images.train), split(*images.test))
+
+
+def stream_names(images: Images, constants: BaseModel) -> tuple[list[str], dict[int, str]]:
+    """Name the experiences of the stream, and its labels in the order of their arrival."""
+    import numpy as np
+
+    if constants.SCENARIO == "permuted":
+        experiences = [f"permutation {i}" for i in range(1, constants.N_EXPERIENCES + 1)]
+        return experiences, dict(enumerate(images.classes))
+    names = {label: images.classes[label] for label in constants.CLASS_ORDER}
+    groups = np.array_split(list(names.values()), constants.N_EXPERIENCES)
+    if constants.SCENARIO == "domain":
+        names = {label: str(label) for label in range(len(groups[0]))}
+    return [" ".join(group) for group in groups], names
 
 
 def properties(benchmark, constants: BaseModel) -> tuple:
@@ -484,15 +547,17 @@ def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
     :raises UserError: if data and constants don't go together.
     """
     images = load_images(constants)
-    order, classes = constants.CLASS_ORDER, images.classes
-    if sorted(order) != classes:
-        raise UserError(f"CLASS_ORDER is {order}, but has to name each of the classes {classes}")
-    if constants.N_EXPERIENCES > len(order):
-        raise UserError(f"N_EXPERIENCES is {constants.N_EXPERIENCES}, but there are only {len(order)} classes")
-    if images.test[1].unique().tolist() != classes:
-        raise UserError("a class is left without images to test on: raise VALIDATION_SIZE")
+    labels = range(len(images.classes))
+    order = constants.CLASS_ORDER or tuple(labels)
+    if len(labels) < 2:
+        raise UserError(f"DATASET has a single class, {images.classes[0]!r}: there is nothing to tell")
+    if sorted(order) != list(labels):
+        raise UserError(f"CLASS_ORDER is {order}, but has to have each of the labels {[*labels]} once")
+    if constants.N_EXPERIENCES > len(order) and constants.SCENARIO != "permuted":
+        raise UserError(f"N_EXPERIENCES is {constants.N_EXPERIENCES}, more than {len(order)} classes")
     constants = constants.model_copy(update={
-        "DATASET": images.name,
+        "DATASET": images.name if constants.DATASET == "auto" else constants.DATASET,
+        "CLASS_ORDER": order,
         "DEVICE": choose_device(constants.DEVICE),
         "ITERATIONS": constants.ITERATIONS or images.iterations,
     })  # fmt: skip

@@ -348,6 +348,16 @@ class ReplayTemplate(SupervisedTemplate):
         return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]
 
 
+class JointTraining(ReplayTemplate):
+    """Train on all experiences so far: the upper bound."""
+
+    def train_dataset_adaptation(self, **kwargs):
+        """Join the data of the experience and of all before it."""
+        so_far = self.experience.origin_stream[: self.experience.current_experience + 1]
+        tensors = map(torch.cat, zip(*(experience.dataset.tensors for experience in so_far)))
+        self.adapted_dataset = in_memory_dataset(*list(tensors)[:2])
+
+
 class GenerativeReplay(ReplayTemplate):
     """Deep Generative Replay: train the solver and, after each experience, the generator.
 
@@ -573,7 +583,7 @@ class LossRecorder(SupervisedPlugin):
         """
         self.current.append(strategy.loss.detach())
         if len(self.current) % self.EVERY == 0 or len(self.current) == self.bar.total:
-            losses = torch.stack(self.current).cpu()
+            losses = torch.cat(self.current).cpu()
             if not losses.isfinite().all():
                 self.bar.close()
                 first = int((~losses.isfinite()).nonzero()[0])
@@ -586,7 +596,7 @@ class LossRecorder(SupervisedPlugin):
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Keep the experience's losses and take the bar away."""
-        self.losses.append(torch.stack(self.current).cpu())
+        self.losses.append(torch.cat(self.current).cpu())
         self.bar.close()
 
     def state_dict(self) -> dict:

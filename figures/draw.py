@@ -82,11 +82,11 @@ def title(what: str, runs: list[dict]) -> str:
     return "\n".join([f"{what} ({', '.join(parts)})", *sorted({r["notice"] for r in runs} - {""})])
 
 
-def class_groups(runs: list[dict]) -> list[str]:
+def experience_names(runs: list[dict]) -> list[str]:
     """Name the experiences by their classes, or by numbers where the runs differ in them."""
-    orders = {tuple(run["constants"]["CLASS_ORDER"]) for run in runs}
-    groups = np.array_split(orders.pop(), runs[0]["constants"]["N_EXPERIENCES"])
-    return [str(i) if orders else " ".join(map(str, group)) for i, group in enumerate(groups, 1)]
+    names = {tuple(run["experiences"]) for run in runs}
+    first = names.pop()
+    return [str(i) if names else name for i, name in enumerate(first, 1)]
 
 
 def styled(runs: list[dict]) -> Iterator[tuple[list[dict], dict]]:
@@ -107,18 +107,26 @@ def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
 
 
 def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """Put images, shape (n, C, H, W), side by side in one array; NaN stays empty."""
-    padded = np.pad(images[:, 0], ((0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
-    n, height, width = padded.shape
-    grid = padded.reshape(n // columns, columns, height, width).swapaxes(1, 2)
-    return grid.reshape(n // columns * height, columns * width)
+    """Put images, shape (n, C, H, W), side by side in one, shape (rows, columns, C)."""
+    images = np.moveaxis(images, 1, -1)
+    padded = np.pad(images, ((0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=np.nan)
+    n, height, width, channels = padded.shape
+    grid = padded.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(n // columns * height, columns * width, channels)
 
 
 def show_rows(axes, images: np.ndarray, labels: list[str]) -> None:
-    """Draw images, shape (rows, n, C, H, W), row by row, labelled."""
+    """Draw images, shape (rows, n, C, H, W), row by row, labelled; NaN stays empty.
+
+    Grey ones are drawn dark on light, coloured ones as they are.
+    """
     rows, columns = images.shape[:2]
     picture = mosaic(images.reshape(-1, *images.shape[2:]), columns)
-    axes.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    if picture.shape[2] == 1:
+        colours = "gray_r" if np.nanmean(picture) < 0.5 else "gray"
+        axes.imshow(picture[..., 0], cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(np.nan_to_num(picture, nan=1), interpolation="nearest")
     axes.set_yticks((np.arange(rows) + 0.5) * picture.shape[0] / rows, labels)
     axes.set_xticks([])
     axes.tick_params(length=0)
@@ -138,10 +146,10 @@ def samples(runs: list[dict]) -> plt.Figure:
     images = np.load(run["folder"] / "samples.npz")["samples"]
     experiences, columns = images.shape[:2]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
-    order = run["constants"]["CLASS_ORDER"]
-    show_rows(axes, images, class_groups([run]))
+    names = [run["classes"][label] for label in run["label_order"]]
+    show_rows(axes, images, experience_names([run]))
     separate_pairs(axes, columns // 2)
-    axes.set_xticks((np.arange(len(order)) + 0.5) * axes.get_xlim()[1] / len(order), order)
+    axes.set_xticks((np.arange(len(names)) + 0.5) * axes.get_xlim()[1] / len(names), names)
     axes.set_ylabel("after experience (its classes)")
     axes.set_xlabel(
         "by the class that the solver sees in them, of 1,000 samples: the surest and the first"
@@ -158,7 +166,7 @@ def generator(run: dict, arrays: dict) -> plt.Figure:
     rows = 1 if reconstructions is None else 2
     height = rows * (0.5 + WIDTH * 0.93 * len(images) / images.shape[1])
     figure, axes = plt.subplots(rows, figsize=(WIDTH, height), squeeze=False)
-    labels = class_groups([run])
+    labels = experience_names([run])
     upper = axes[0, 0]
     show_rows(upper, images, labels)
     upper.set_title(title("Samples", [run]))
@@ -200,7 +208,7 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     matrix[np.triu_indices(len(matrix), 1)] = np.nan
     lowest = 10 * np.floor(np.nanmin(matrix) / 10)  # or all that is good would look the same
     norm = Normalize(min(lowest, 90), 100)
-    axes, figure = heat_map(matrix, class_groups(runs), "accuracy (%)", norm)
+    axes, figure = heat_map(matrix, experience_names(runs), "accuracy (%)", norm)
     axes.set(xlabel="tested on (classes)", ylabel="after experience (its classes)")
     axes.set_title(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
     return figure
@@ -213,7 +221,7 @@ def confusion_matrix(runs: list[dict]) -> plt.Figure:
     share = 100 * counts / counts.sum(1, keepdims=True)
     norm = PowerNorm(0.4, 0, 100)  # errors are few, and what matters here
     unit = "share of the class's images (%); empty: none"
-    axes, figure = heat_map(share, list(range(len(share))), unit, norm)
+    axes, figure = heat_map(share, runs[0]["classes"], unit, norm)
     axes.set(xlabel="class that the solver sees", ylabel="class")
     axes.set_title(title("Confusions after the last experience", runs))
     return figure
@@ -250,12 +258,11 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         band(axes, x, curves, **style)
         if curves.mean(0).min() > 80:
             close.append((x, curves, style))
-    counts = {run["constants"]["N_EXPERIENCES"] for run in runs}
+    counts = {len(run["experiences"]) for run in runs}
     ticks = np.arange(1, max(counts) + 1)
-    if len(counts) == 1:
-        order = runs[0]["constants"]["CLASS_ORDER"]
-        classes = np.cumsum([len(group) for group in np.array_split(order, len(x))])
-        chance = 100 / classes
+    if len(counts) == 1 and {run["constants"]["SCENARIO"] for run in runs} == {"class"}:
+        groups = np.array_split(runs[0]["label_order"], len(x))
+        chance = 100 / np.cumsum([len(group) for group in groups])
         axes.plot(x, chance, ":", color="gray", label=f"chance: {chance[-1]:.0f}")
     if len(close) > 1:
         larger = axes.inset_axes((0.4, 0.4, 0.57, 0.44))
@@ -280,7 +287,7 @@ def forgetting(runs: list[dict]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.5 * WIDTH))
     matrices = 100 * np.array([run["accuracy_matrix"] for run in runs])
     x = np.arange(1, matrices.shape[1] + 1)
-    for j, label in enumerate(class_groups(runs)):
+    for j, label in enumerate(experience_names(runs)):
         style = {"marker": MARKERS[j % 9], "color": COLOURS[j % 8], "label": label}
         band(axes, x[j:], matrices[:, j:, j], **style)
     axes.set(xlabel="experiences learned", ylabel="accuracy (%)", xticks=x)

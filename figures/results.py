@@ -53,11 +53,11 @@ def run_command(main: Callable[[], None]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def run_folder(constants, strategy: str, seed: int) -> Path:
+def run_folder(constants, images, strategy: str, seed: int) -> Path:
     """Return the folder of a run; its name changes with the constants and the four scripts."""
     deciding = constants.model_dump(exclude=ELSEWHERE)
     digest = joblib.hash((deciding, [path.read_bytes() for path in SCRIPTS]))[:8]
-    return Path(constants.RESULTS_DIR) / f"{constants.DATASET}-{strategy}-{digest}-seed{seed}"
+    return Path(constants.RESULTS_DIR) / f"{images.name}-{strategy}-{digest}-seed{seed}"
 
 
 @contextmanager
@@ -143,13 +143,13 @@ def load_state(folder: Path, strategy) -> dict | None:
     return state
 
 
-def new_record(constants, name: str, seed: int, notice: str) -> dict:
+def new_record(constants, images, name: str, seed: int) -> dict:
     """Start the record of a run with what its numbers depend on."""
     packages = {package: version(package) for package in ("torch", "torchvision", "avalanche-lib")}
     return {
         "name": name,
-        "dataset": constants.DATASET,
-        "notice": notice,
+        "dataset": images.name,
+        "notice": images.notice,
         "seed": seed,
         "constants": constants.model_dump(),
         "versions": {"python": platform.python_version(), **packages},

@@ -4,16 +4,17 @@ import gc
 import math
 from types import FunctionType, ModuleType, SimpleNamespace
 
+import benchmark
 import numpy as np
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
+from conftest import all_constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import GenerativeModel
-import GenerativeReplay
 import Generator
 import TrainingInstances
 from TrainingInstances import VAETraining, in_memory_benchmark
@@ -23,158 +24,119 @@ CLASSES = 6
 
 @st.composite
 def cases(draw):
-    """A stream of tiny images, and how a scholar is to learn it."""
+    """Draw a stream of tiny images, and how a scholar is to learn it."""
     some_classes = st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=3, unique=True)
-    sizes = st.integers(1, 5)  # images of a class
+    experience = some_classes.map(lambda labels: labels * draw(st.integers(1, 5)))
     return SimpleNamespace(
-        stream=draw(
-            st.lists(
-                some_classes.flatmap(lambda cs: st.fixed_dictionaries({c: sizes for c in cs})),
-                min_size=1,
-                max_size=10,
-            )
-        ),
+        stream=draw(st.lists(experience, min_size=1, max_size=7)),
         shape=draw(st.tuples(*[st.integers(1, 4)] * 3)),
         batch_size=draw(st.integers(1, 8)),
         iterations=draw(st.none() | st.integers(1, 3)),
         anneal=draw(st.booleans()),
         components=draw(st.integers(0, 2)),
         temperature=draw(st.sampled_from([None, 2.0])),
-        replay={
-            "replay_size": draw(st.none() | st.integers(0, 5)),
-            "increasing_replay_size": draw(st.booleans()),
-            "ratio": draw(st.sampled_from([None, 0, 0.5, 1])),
-        },
+        replay_size=draw(st.none() | st.integers(0, 5)),
+        doubling=draw(st.booleans()),
+        ratio=draw(st.sampled_from([None, 0, 0.5, 1])),
     )
 
 
-def documented_amount(case, k, minibatch_size):
-    """Replayed samples in a minibatch of the k-th experience (from 1), by the README's table."""
-    if k == 1:
-        return 0
-    size = case.replay["replay_size"]
-    amount = minibatch_size if size is None else size
-    return amount * 2 ** (k - 2) if case.replay["increasing_replay_size"] else amount
-
-
-def documented_minibatches(case, images):
-    """Real images in each minibatch of an experience with so many."""
-    rest = [images % case.batch_size] if images % case.batch_size else []
-    one_pass = [case.batch_size] * (images // case.batch_size) + rest
-    count = case.iterations or len(one_pass)
-    return (one_pass * count)[:count]
-
-
 class Witness(SupervisedPlugin):
-    """Checks each minibatch that a strategy learns, and notes how many real images it had."""
+    """Check each minibatch that a strategy learns, and note how many real images it had."""
 
     def __init__(self, case):
         super().__init__()
-        self.case, self.minibatches = case, {}
+        self.case, self.minibatches = case, []
         self.images = self.seen = self.frozen = None  # of this experience, set from outside
 
     def before_forward(self, strategy, **kwargs):
-        replay, k = strategy.replay, strategy.experience.current_experience + 1
-        n, (x, y, task) = replay.current_size, strategy.mbatch
-        self.minibatches.setdefault(k, []).append(n)
-        assert len(x) - n == documented_amount(self.case, k, n)
-        assert len(x) == len(y) == len(task)
-        # The current samples come first, unchanged, each with its label.
+        replay, k, n = strategy.replay, strategy.experience.current_experience, strategy.n_real
+        x, y, task_labels = strategy.mbatch
+        self.minibatches.append(n)
+        amount = n if self.case.replay_size is None else self.case.replay_size
+        doublings = k - 1 if self.case.doubling else 0
+        assert len(x) - n == (amount * 2**doublings if k else 0)
+        assert len(x) == len(y) == len(task_labels)
+        # The real images come first, unchanged, each with its label.
         rows = [(self.images[0] == image).flatten(1).all(1).nonzero().item() for image in x[:n]]
-        assert len(set(rows)) == n and torch.equal(y[:n], self.images[1][rows])
+        assert y[:n].equal(self.images[1][rows])
         assert 0 <= x.min() and x.max() <= 1 and not x.requires_grad
-        if not replay.model_is_generator:
-            assert set(y[n:].tolist()) <= self.seen
-        if k > 1:  # replay is by the scholar as it was before the experience
-            old = {"generator": replay.old_generator, "solver": replay.old_model}
-            for name in ("generator",) if replay.model_is_generator else ("generator", "solver"):
-                assert not any(module.training for module in old[name].modules())
-                for key, value in old[name].state_dict().items():
-                    assert torch.equal(value, self.frozen[name][key])
-
-    def before_backward(self, strategy, **kwargs):
-        assert torch.isfinite(strategy.loss)
+        assert replay.model_is_generator or set(y[n:].tolist()) <= self.seen
+        for name in ("old_generator", "old_model") if k else ():
+            if model := getattr(replay, name):  # as it was before the experience
+                assert not any(module.training for module in model.modules())
+                states = model.state_dict().values(), self.frozen[name].values()
+                assert all(map(torch.equal, *states))
 
     def after_training_iteration(self, strategy, **kwargs):
-        n, output = strategy.replay.current_size, strategy.mb_output
+        n, output = self.minibatches[-1], strategy.mb_output
         output = [output] if isinstance(output, torch.Tensor) else output
         assert {len(part) for part in (*strategy.mbatch, *output)} == {n}  # of real ones only
-        assert torch.isfinite(strategy.loss)
-        for parameter in strategy.model.parameters():
-            assert torch.isfinite(parameter).all()
+        parts = strategy.loss, *strategy.model.parameters()
+        assert all(part.isfinite().all() for part in parts)
 
 
 def tiny_scholar(case):
-    """A scholar for a case, and the witnesses of its solver and its generator."""
-    witnesses = Witness(case), Witness(case)
+    """Make a scholar for a case, and the witnesses of its solver and its generator."""
     solver = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(case.shape), CLASSES))
-    mixtures = None
+    density = None
     if case.components:
-        mixtures = GenerativeModel.LatentMixtures(CLASSES, case.components, latent_size=2)
-    vae = GenerativeModel.VAE(case.shape, hidden_units=4, latent_size=2, mixtures=mixtures)
-
-    def common(model, witness):
-        constants = SimpleNamespace(
-            LEARNING_RATE=0.01,
-            ITERATIONS=case.iterations or 1,
-            BATCH_SIZE=case.batch_size,
-            ANNEAL=case.anneal and case.iterations,
-            DEVICE="cpu",
-        )
-        arguments = Generator.strategy_arguments("model", model, constants)
-        arguments["plugins"].append(witness)
-        return arguments | {"iterations": case.iterations} | case.replay
-
+        density = GenerativeModel.ClassConditionalGMM(CLASSES, case.components, latent_size=2)
+    vae = GenerativeModel.VAE(case.shape, hidden_units=4, latent_size=2, density=density)
+    constants = all_constants(ANNEAL=case.anneal and case.iterations is not None)
+    witnesses, arguments = (Witness(case), Witness(case)), []
+    for witness, model in zip(witnesses, (solver, vae)):
+        arguments.append(Generator.training_arguments(
+            "model", model, constants, case.iterations, case.batch_size, 0.01
+        ))  # fmt: skip
+        arguments[-1]["plugins"].append(witness)
+        arguments[-1] |= {"replay_size": case.replay_size, "ratio": case.ratio}
+        arguments[-1]["increasing_replay_size"] = case.doubling
     scholar = TrainingInstances.GenerativeReplay(
-        generator_strategy=VAETraining(**common(vae, witnesses[1])),
+        generator_strategy=VAETraining(**arguments[1]),
         temperature=case.temperature,
         evaluator=TrainingInstances.EvaluationOnly(),
-        **common(solver, witnesses[0]),
+        **arguments[0],
     )
     return scholar, witnesses
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases())
-def test_replay_is_what_it_has_to_be(case):
+def test_what_holds_of_replay_in_any_stream(case):
     torch.manual_seed(0)
-    labels = [
-        torch.tensor([c for c, count in experience.items() for _ in range(count)])
-        for experience in case.stream
-    ]
-    data = [(torch.rand(len(y), *case.shape, dtype=torch.float64).float(), y) for y in labels]
+    data = [(torch.rand(len(y), *case.shape), torch.tensor(y)) for y in case.stream]
     scholar, witnesses = tiny_scholar(case)
-    replays = scholar.replay, scholar.replay.generator_strategy.replay
-    seen = set()
-    stream = in_memory_benchmark(data, data).train_stream
-    for k, (experience, images) in enumerate(zip(stream, data, strict=True), 1):
-        models = {"generator": scholar.replay.generator, "solver": scholar.model}
+    stream, seen, sizes = in_memory_benchmark(data, data).train_stream, set(), []
+    for experience, (x, y) in zip(stream, data):
+        models = {"old_generator": scholar.replay.generator, "old_model": scholar.model}
         frozen = {
             name: {key: value.clone() for key, value in model.state_dict().items()}
             for name, model in models.items()
         }
         for witness in witnesses:
-            witness.images, witness.seen, witness.frozen = images, set(seen), frozen
+            witness.images, witness.seen, witness.frozen = (x, y), set(seen), frozen
         scholar.train(experience)
-        seen |= set(case.stream[k - 1])
-        for replay in replays:
-            assert replay.experiences_learned == k
-            assert replay.old_generator is None and replay.old_model is None
-        assert scholar.replay.seen_classes.tolist() == sorted(seen)
-        # Solver and generator have learned this experience once, and no other.
-        for witness in witnesses:
-            assert witness.minibatches.keys() == set(range(1, k + 1))
-            assert witness.minibatches[k] == documented_minibatches(case, len(images[1]))
-    painted = scholar.replay.generator.generate(5)
-    assert painted.shape == (5, *case.shape) and 0 <= painted.min() and painted.max() <= 1
+        seen |= set(y.tolist())
+        assert scholar.replay.seen_classes == sorted(seen)
+        # Solver and generator have learned this experience once.
+        one_pass = [len(part) for part in x.split(case.batch_size)]
+        sizes += [case.batch_size] * case.iterations if case.iterations else one_pass
+        assert witnesses[0].minibatches == witnesses[1].minibatches == sizes
+    samples = scholar.replay.generator.generate(5)
+    assert samples.shape == (5, *case.shape) and 0 <= samples.min() and samples.max() <= 1
     scholar.eval(stream)
 
+
+# ------------------------------------------------------------------------------------------------
+# No image is kept
+# ------------------------------------------------------------------------------------------------
 
 SHAPE, PIXELS = (1, 5, 7), 35  # of no parameter
 
 
 def inside(thing):
-    """What an object refers to: its contents, not the world (modules, others' classes, globals)."""
+    """List what an object refers to: its contents, not the world (modules, others' classes)."""
     if isinstance(thing, type):
         ours = thing.__module__ in ("TrainingInstances", "GenerativeModel")
         return list(vars(thing).values()) if ours else []
@@ -191,119 +153,92 @@ def inside(thing):
     return found
 
 
-def kept_images(carried, images):
-    """Where something that is carried over holds an image of those, or may hold one.
+def numbers_in(thing):
+    """List what an object holds as tensors: itself, and the whole memory that it is a view of."""
+    if isinstance(thing, torch.Tensor):
+        memory = torch.empty(0, dtype=thing.dtype).set_(thing.untyped_storage())
+        return [thing.detach(), memory]
+    if isinstance(thing, np.ndarray) and thing.dtype.kind in "fiub":
+        return [torch.tensor(thing)]
+    if isinstance(thing, (list, tuple, bytes)) and thing and type(thing[0]) in (int, float):
+        return [torch.tensor([value for value in thing if type(value) in (int, float)])]
+    return []
 
-    That is: any tensor or array of the shape of images, and any whose values, or those of the
-    memory that it is a view of, are an image somewhere, up to scale and offset.
-    """
-    images = nn.functional.normalize((images - images.mean((1, 2, 3), True)).flatten(1).double())
-    stack, visited, found = [carried], {}, []
+
+def unit(rows):
+    return nn.functional.normalize((rows - rows.mean(-1, keepdim=True)).double(), dim=-1)
+
+
+def kept_images(carried, images):
+    """List what has the shape of images, or their values somewhere, up to scale and offset."""
+    images, stack, visited, found = unit(images.flatten(1)), [carried], {}, []
     while stack:
         thing = stack.pop()
         if id(thing) in visited:
             continue
         visited[id(thing)] = thing
         stack += inside(thing)
-        if isinstance(thing, np.ndarray) and thing.dtype.kind in "fiub":
-            tensors = [torch.tensor(thing)]
-        elif isinstance(thing, torch.Tensor):
-            whole = torch.empty(0, dtype=thing.dtype).set_(thing.untyped_storage())
-            tensors = [thing.detach(), whole]
-        elif isinstance(thing, (list, tuple)) and thing and type(thing[0]) in (int, float):
-            tensors = [torch.tensor([v for v in thing if type(v) in (int, float)])]
-        elif isinstance(thing, (bytes, bytearray)):
-            tensors = [torch.tensor(list(thing))]
-        else:
-            continue
-        if tuple(tensors[0].shape[-3:]) == SHAPE:
-            found.append(f"shape {tuple(tensors[0].shape)}")
-        for tensor in tensors:
-            if tensor.numel() >= PIXELS:
-                windows = tensor.flatten().double().unfold(0, PIXELS, 1)
-                windows = nn.functional.normalize(windows - windows.mean(1, True))
-                if (windows @ images.T).abs().max() > 0.999:
-                    found.append(f"content, in a tensor of {tuple(tensors[0].shape)}")
+        for tensor in numbers_in(thing):
+            windows = tensor.flatten().double()
+            windows = (
+                windows.unfold(0, PIXELS, 1) if len(windows) >= PIXELS else torch.zeros(1, PIXELS)
+            )
+            content = (unit(windows) @ images.T).abs().max() > 0.999
+            if content or tuple(tensor.shape[-3:]) == SHAPE:
+                found.append(f"{type(thing).__name__} of {tuple(tensor.shape)}")
     return found
 
 
 def trained_scholar(**changes):
-    """The experiment's scholar after a small stream, and the images that it was trained on."""
-    torch.manual_seed(0)
-    names = {**vars(Generator), **vars(GenerativeReplay)}
-    small = {"DEVICE": "cpu", "HIDDEN_UNITS": 16, "LATENT_SIZE": 4, "ITERATIONS": 5}
-    rules = {**Generator.RULES, **GenerativeReplay.RULES}
-    constants = SimpleNamespace(**{name: names[name] for name in rules} | small | changes)
-    scholar = GenerativeReplay.make_scholar(SHAPE, constants)
-    y = torch.arange(6).repeat_interleave(10)
-    x = torch.rand(len(y), *SHAPE)
-    data = [(x[i : i + 20], y[i : i + 20]) for i in (0, 20, 40)]
-    benchmark = in_memory_benchmark(data, data)
-    for experience in benchmark.train_stream:
-        scholar.train(experience)
-        scholar.eval(benchmark.test_stream)
-    return scholar, x
+    """Return a scholar after a small stream, and the images that it was trained on."""
+    torch.manual_seed(1)  # other numbers than those of the images
+    stream = benchmark.synthetic(3, 20, SHAPE)
+    small = {"HIDDEN_UNITS": 16, "LATENT_SIZE": 4, "ITERATIONS": 5, "BATCH_SIZE": 8} | changes
+    scholar = benchmark.ours(stream, all_constants(**small))
+    return scholar, torch.cat([e.dataset.tensors[0] for e in stream.train_stream])
 
 
 def carried_over(scholar):
-    """All that is left of a run: the scholar, the state of its parts, and the modules' globals."""
+    """List all that is left of a run: the scholar, its state and the modules' globals."""
     strategies = scholar, scholar.replay.generator_strategy
-    states = [part.state_dict() for s in strategies for part in (s.model, s.optimizer)]
+    states = [strategy.state_dict() for strategy in strategies]
     return [*strategies, states, vars(TrainingInstances), vars(GenerativeModel)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("components", [10, 0])
-def test_no_image_is_kept(components, batch_size):
-    scholar, images = trained_scholar(MIXTURE_COMPONENTS=components, BATCH_SIZE=batch_size)
+@pytest.mark.parametrize("generator", ["vae", "cvae", "wgan-gp"])
+@pytest.mark.parametrize("changes", [{}, {"BATCH_SIZE": 1}, {"MIXTURE_COMPONENTS": 0}])
+def test_no_image_is_kept(generator, changes):
+    scholar, images = trained_scholar(GENERATOR=generator, **changes)
     assert kept_images(carried_over(scholar), images) == []
 
 
 def test_without_annealing_images_can_be_made_out_in_adams_moments_but_nowhere_else():
-    scholar, images = trained_scholar(BATCH_SIZE=8, **GenerativeReplay.PLAIN)
+    scholar, images = trained_scholar(**benchmark.PLAIN_DGR)
     assert kept_images(carried_over(scholar), images) != []
     for strategy in (scholar, scholar.replay.generator_strategy):
         strategy.optimizer.state.clear()
     assert kept_images(carried_over(scholar), images) == []
 
 
-def in_a_closure(scholar, image):
-    scholar.remember = lambda: image
-
-
-def in_the_graph_of_a_loss(scholar, image):
-    weight = nn.Parameter(torch.rand(PIXELS, 2))
-    scholar.loss = (image.reshape(1, PIXELS) @ weight).sum()
-
-
-WAYS_TO_KEEP_AN_IMAGE = {
-    "attribute of a plugin": lambda s, image: setattr(s.replay, "memory", [image.clone()]),
-    "one pixel of it": lambda s, image: setattr(s.replay, "pixel", image[0, 0, :1]),
-    "buffer, as bytes": lambda s, image: s.replay.generator.register_buffer(
-        "b", (image.flatten() * 255).round().byte()
-    ),
-    "part of a larger tensor": lambda s, image: setattr(
-        s.replay.generator_strategy, "t", torch.cat([torch.rand(3), image.flatten(), torch.rand(9)])
-    ),
-    "list of numbers": lambda s, image: setattr(s, "numbers", image.flatten().tolist()),
-    "array": lambda s, image: setattr(s.evaluator, "array", image.numpy().copy()),
-    "gradient": lambda s, image: setattr(
-        s.model[3].weight, "grad", -0.01 * image.flatten().repeat(16, 1)
-    ),
-    "moment of Adam": lambda s, image: s.optimizer.state.update(
-        {s.model[3].weight: {"exp_avg": image.flatten().repeat(16, 1) / 10}}
-    ),
-    "closure": in_a_closure,
-    "graph of a loss": in_the_graph_of_a_loss,
-    "global variable": lambda s, image: setattr(TrainingInstances, "MEMORY", {0: image.clone()}),
-}
-
-
-@pytest.mark.parametrize("way", WAYS_TO_KEEP_AN_IMAGE)
-def test_an_image_that_is_kept_is_found(way, monkeypatch):
-    monkeypatch.setattr(TrainingInstances, "MEMORY", None, raising=False)
-    scholar, images = trained_scholar(BATCH_SIZE=8)
-    image = images[33].clone()
-    WAYS_TO_KEEP_AN_IMAGE[way](scholar, image)
-    del image
-    assert kept_images(carried_over(scholar), images) != []
+def test_an_image_that_is_kept_anywhere_is_found(monkeypatch):
+    scholar, images = trained_scholar()
+    image, row = images[33].clone(), images[33].flatten().clone()
+    weight, generator_strategy = scholar.model[4].weight, scholar.replay.generator_strategy
+    ways = [
+        (scholar.replay, "memory", [images[33].clone()]),
+        (scholar.replay, "one_pixel", image[0, 0, :1]),  # a view
+        (scholar.replay.generator, "bytes", (row * 255).round().byte()),
+        (generator_strategy, "part", torch.cat([torch.rand(3), row, torch.rand(9)])),
+        (generator_strategy, "closure", lambda: image),
+        (scholar, "numbers", row.tolist()),
+        (scholar.evaluator, "array", row.numpy().copy()),
+        (scholar.optimizer, "state", {weight: {"exp_avg": row.repeat(16, 1) / 10}}),
+        (weight, "grad", -0.01 * row.repeat(16, 1)),
+        (scholar, "loss", (row @ nn.Parameter(torch.rand(PIXELS, 2))).sum()),
+        (TrainingInstances, "MEMORY", {0: image}),
+    ]
+    for way in ways:
+        with monkeypatch.context() as patch:
+            patch.setattr(*way, raising=False)
+            assert kept_images(carried_over(scholar), images) != [], way
+        assert kept_images(carried_over(scholar), images) == []
