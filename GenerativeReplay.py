@@ -42,8 +42,6 @@ TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
 def main() -> None:
     """Run the experiment for each strategy and seed, then draw table and figures."""
     constants = Generator.read_constants(Generator, sys.modules[__name__])
-    if constants.LOAD is not None:
-        return Generator.show_saved_generator(Path(constants.LOAD), constants)
     images, constants = Generator.prepare(constants)
     planned = [(strategy, constants, strategy) for strategy in constants.STRATEGIES]
     runs = run_all(planned, images, constants)
@@ -129,7 +127,8 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Image
         record |= {"classes": [names[y] for y in sorted(names)], "label_order": list(names)}
         state = {"record": record | {"accuracy_matrix": []}, "samples": []}
         state |= results.load_state(folder, scholar) or {}
-        record, samples, matrix = state["record"], state["samples"], state["record"]["accuracy_matrix"]
+        record, samples = state["record"], state["samples"]
+        matrix = record["accuracy_matrix"]
 
         for experience in benchmark.train_stream[len(matrix) :]:
             started = time.perf_counter()
@@ -174,7 +173,11 @@ def make_scholar(
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
     """
     from TrainingInstances import (
-        ExperienceReplayPlugin, GenerativeReplay, JointTraining, ReplayTemplate,
+        DeepGenerativeReplayPlugin,
+        ExperienceReplayPlugin,
+        GenerativeReplay,
+        JointTraining,
+        ReplayTemplate,
     )  # fmt: skip
 
     solver = make_solver(benchmark, constants)
@@ -198,13 +201,13 @@ def make_scholar(
         shape, *_ = Generator.properties(benchmark, constants)
         arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(shape)))
         return ReplayTemplate(**arguments)
-    return GenerativeReplay(
-        generator_strategy=generator_strategy,
+    plugin = DeepGenerativeReplayPlugin(
+        generator_strategy,
         temperature=constants.TEMPERATURE,
         replay_labels=constants.REPLAY_LABELS,
         **replay,
-        **arguments,
     )
+    return GenerativeReplay(replay=plugin, **arguments)
 
 
 def make_solver(benchmark, constants: BaseModel):
@@ -245,7 +248,8 @@ def make_evaluator(logs: Path | None):
     accuracy = accuracy_metrics(experience=True)
     if logs is None:
         return EvaluationOnly(accuracy)
-    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=[TensorboardLogger(logs)])
+    loggers = [TensorboardLogger(logs)]
+    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=loggers)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,15 +311,11 @@ def losses(scholar) -> dict:
 
     from TrainingInstances import LossRecorder
 
-    strategies = {"solver": scholar}
-    if scholar.replay:
-        strategies["generator"] = scholar.replay.generator_strategy
-    return {
-        name: torch.stack(plugin.losses).numpy()
-        for name, strategy in strategies.items()
-        for plugin in getattr(strategy, "plugins", [])  # one of the user's own may have none
-        if isinstance(plugin, LossRecorder)
-    }
+    plugins = list(scholar.plugins)
+    if scholar.replay:  # the strategy of a user's own generator may have no plugins
+        plugins += getattr(scholar.replay.generator_strategy, "plugins", [])
+    recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
+    return {recorder.name: torch.stack(recorder.losses).numpy() for recorder in recorders}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ samples and reconstructions. The constants, the data and the stream serve both s
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -18,8 +17,15 @@ from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import (
-    AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt,
-    ValidationError, create_model,
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
 )  # fmt: skip
 
 from figures import results
@@ -40,7 +46,7 @@ Distinct = Annotated[tuple[T, ...], AfterValidator(check_distinct)]
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 # Those of replay (REPLAY_SIZE, RATIO, ...) stand at the top of GenerativeReplay.py.
-DATASET: str = "auto"  # mnist, fashion, kmnist, digits; a folder of images; auto: mnist, else digits
+DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; auto: mnist or digits
 DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
 IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
@@ -49,7 +55,7 @@ N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: Distinct[NonNegativeInt] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
 SEEDS: Distinct[Annotated[int, Field(ge=0, lt=2**63)]] = (0,)  # one run each
-ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
+ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1500, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
 LEARNING_RATE: PositiveFloat = 0.002  # of Adam
@@ -64,7 +70,6 @@ KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none:
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
 DEVICE: str = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 RESULTS_DIR: str = "results"  # where results and figures go
-LOAD: str | None = None  # folder of an earlier run: show its generator instead of training
 # ------------------------------------------------------------------------------------------------
 
 # torch and Avalanche are imported where they are used: they take ten seconds, and `--help` and
@@ -114,18 +119,15 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
         # authors' code for MNIST has the same betas, a thirtieth of the rate, 100 times as many.
         model, strategy = WGAN(shape, units, latent_size or 32), WGANTraining
         learning_rate, iterations, betas = 0.003, 5 * iterations, (0.5, 0.9)
+    arguments = training_arguments(
+        "generator", model, constants,
+        iterations=constants.GENERATOR_ITERATIONS or iterations,
+        batch_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
+        learning_rate=constants.GENERATOR_LEARNING_RATE or learning_rate,
+        betas=betas,
+    )  # fmt: skip
     return strategy(
-        **training_arguments(
-            "generator",
-            model,
-            constants,
-            constants.GENERATOR_ITERATIONS or iterations,
-            constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
-            constants.GENERATOR_LEARNING_RATE or learning_rate,
-            betas,
-        ),
-        evaluator=EvaluationOnly(loss_metrics(experience=True)),
-        **replay,
+        evaluator=EvaluationOnly(loss_metrics(experience=True)), **replay, **arguments
     )
 
 
@@ -140,7 +142,7 @@ def training_arguments(
 ) -> dict:
     """Collect the arguments of any strategy: model, Adam, length of training, plugins.
 
-    :param name: what is trained, for the progress bar.
+    :param name: what is trained, for messages.
     :param betas: of Adam.
     """
     from torch.optim import Adam
@@ -148,8 +150,6 @@ def training_arguments(
     from TrainingInstances import CosineAnnealingPlugin, LossRecorder
 
     optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
-    # A bar on a terminal, if this isn't one of several processes that write over each other.
-    visible = sys.stderr.isatty() and multiprocessing.parent_process() is None
     annealing = [CosineAnnealingPlugin(optimizer, iterations)] if constants.ANNEAL else []
     return {
         "model": model,
@@ -157,7 +157,7 @@ def training_arguments(
         "iterations": iterations,
         "train_mb_size": batch_size,
         "eval_mb_size": 1000,
-        "plugins": [LossRecorder(name, visible), *annealing],
+        "plugins": [LossRecorder(name), *annealing],
         "device": constants.DEVICE,
     }
 
@@ -170,8 +170,6 @@ def training_arguments(
 def main() -> None:
     """Train the generator along the stream, once for each seed, and draw its samples."""
     constants = read_constants(sys.modules[__name__])
-    if constants.LOAD is not None:
-        return show_saved_generator(Path(constants.LOAD), constants)
     images, constants = prepare(constants)
     for seed in constants.SEEDS:
         run(images, constants, seed)
@@ -184,7 +182,8 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
 
     from figures import draw
 
-    title, folder = f"generator, seed {seed}", results.run_folder(constants, images, "generator", seed)
+    title = f"generator, seed {seed}"
+    folder = results.run_folder(constants, images, "generator", seed)
     with results.run_lock(folder, title):
         if not (folder / "generator.json").exists():
             constants = seeded(constants, seed)
@@ -237,48 +236,6 @@ def first_of_each_class(benchmark, labels: list[int], device: str) -> tuple:
     return originals.to(device), torch.tensor(labels).to(device)
 
 
-def show_saved_generator(folder: Path, constants: BaseModel) -> None:
-    """Draw samples, reconstructions and walks between classes by the generator of an earlier run.
-
-    :param folder: folder of a run of either script.
-    :raises UserError: if there is no generator in it.
-    """
-    import torch
-
-    from figures import draw
-
-    if not (folder / "state.pt").is_file():
-        raise UserError(f"LOAD is {str(folder)!r}, but has to be a run's folder with a state.pt")
-    state = results.read_state(folder / "state.pt")
-    if state["generator"] is None:
-        raise UserError(f"LOAD is {str(folder)!r}, a run without generator; choose one of replay")
-    device = choose_device(constants.DEVICE)
-    changes = {"DEVICE": device, "DATA_DIR": constants.DATA_DIR, "LOAD": None}
-    constants = type(constants)(**{
-        name: value
-        for name, value in (state["record"]["constants"] | changes).items()
-        if name in type(constants).model_fields
-    })  # fmt: skip
-    images = load_images(constants)
-    benchmark = make_benchmark(images, constants)
-    generator = make_generator_strategy(benchmark, constants).model.to(device)
-    generator.load_state_dict(state["generator"])
-    arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
-    if hasattr(generator, "reconstruct"):
-        labels = list(stream_names(images, constants)[1])
-        originals, labels = first_of_each_class(benchmark, labels, device)
-        with torch.no_grad():  # each row of walks goes from one class to the next, in twenty steps
-            ends = generator.decoder_input(generator.encode(originals)[0], labels)[:, None]
-            share = torch.linspace(0, 1, 20, device=device)[:, None]
-            walks = generator.decode(torch.lerp(ends[:-1:2], ends[1::2], share).flatten(0, 1))
-        reconstructions = generator.reconstruct(originals, labels)
-        arrays["reconstructions"] = torch.stack([originals, reconstructions])
-        arrays["walks"] = walks.sigmoid().unflatten(0, (-1, 20))
-    arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
-    draw.save(draw.saved_generator(state["record"], arrays), folder / "saved_generator.png")
-    print(f"samples, reconstructions and walks: {folder / 'saved_generator.png'}")
-
-
 # ------------------------------------------------------------------------------------------------
 # Data and stream
 # ------------------------------------------------------------------------------------------------
@@ -291,7 +248,7 @@ class Images(NamedTuple):
     train: tuple  # images (float32 in [0, 1], shape (n, C, H, W)), class labels (int64, shape (n,))
     test: tuple
     classes: list[str]  # names of the class labels
-    iterations: int = 2000  # minibatches per experience that suit it
+    iterations: int = 1500  # minibatches per experience that suit it
     notice: str = ""  # belongs wherever results are shown
 
 
@@ -525,7 +482,8 @@ def read_constants(*scripts: ModuleType) -> BaseModel:
     if unknown:
         word = unknown[0].split("=")[0]
         near = get_close_matches("--" + word.strip("-").lower().replace("_", "-"), options, n=1)
-        raise UserError(f"{word} is unknown; {f'did you mean {near[0]}?' if near else 'see --help'}")
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise UserError(f"{word} is unknown; {hint}")
     changes = vars(given)
     for name, words in changes.items():
         words = words or ["true"]  # an option alone switches on
@@ -550,11 +508,12 @@ def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
     labels = range(len(images.classes))
     order = constants.CLASS_ORDER or tuple(labels)
     if len(labels) < 2:
-        raise UserError(f"DATASET has a single class, {images.classes[0]!r}: there is nothing to tell")
+        raise UserError(f"DATASET has a single class, {images.classes[0]!r}; it needs two or more")
     if sorted(order) != list(labels):
-        raise UserError(f"CLASS_ORDER is {order}, but has to have each of the labels {[*labels]} once")
-    if constants.N_EXPERIENCES > len(order) and constants.SCENARIO != "permuted":
-        raise UserError(f"N_EXPERIENCES is {constants.N_EXPERIENCES}, more than {len(order)} classes")
+        raise UserError(f"CLASS_ORDER is {order}, but has to hold each label of {[*labels]} once")
+    if len(order) < constants.N_EXPERIENCES and constants.SCENARIO != "permuted":
+        count = constants.N_EXPERIENCES
+        raise UserError(f"N_EXPERIENCES is {count}, but there are only {len(order)} classes")
     constants = constants.model_copy(update={
         "DATASET": images.name if constants.DATASET == "auto" else constants.DATASET,
         "CLASS_ORDER": order,
@@ -575,7 +534,8 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE is {name!r}, which can't be used: {str(error).split('.')[0]}") from None
+        reason = str(error).split(".")[0].split("\n")[0]
+        raise UserError(f"DEVICE is {name!r}, which can't be used: {reason}") from None
     return name
 
 

@@ -17,9 +17,13 @@ from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import (
-    BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset,
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
 )  # fmt: skip
-from tqdm import tqdm
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
@@ -104,7 +108,11 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
         self.fixed_ratio, self.temperature, self.replay_labels = ratio, temperature, replay_labels
         if generator_strategy is not None:
-            self.check(generator_strategy.model)
+            model = generator_strategy.model
+            if not isinstance(model, GenerativeModel):
+                raise TypeError(f"{type(model).__name__} has to be a subclass of GenerativeModel")
+            if replay_labels == "generator" and model.learned_classes() is None:
+                raise TypeError(f"{type(model).__name__} is unconditional: let the solver label")
         if replay_labels == "generator" and temperature is not None:
             raise ValueError("a generator's labels are hard: set the temperature to None")
         self.old_generator = self.old_model = None
@@ -112,13 +120,6 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.seen_classes: list[int] = []
         self.ahead: list[Samples] = []  # generated for minibatches to come
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
-
-    def check(self, generator: Module) -> None:
-        """Raise a TypeError if a model is no generator, or can't label as it is to."""
-        if not isinstance(generator, GenerativeModel):
-            raise TypeError(f"{type(generator).__name__} has to be a subclass of GenerativeModel")
-        if self.replay_labels == "generator" and generator.learned_classes() is None:
-            raise TypeError(f"{type(generator).__name__} is unconditional: let the solver label")
 
     @property
     def ratio(self) -> float:
@@ -361,31 +362,8 @@ class JointTraining(ReplayTemplate):
 class GenerativeReplay(ReplayTemplate):
     """Deep Generative Replay: train the solver and, after each experience, the generator.
 
-    :param generator_strategy: strategy that trains the generator, such as `VAETraining`.
-    :param replay_size: these five: see `DeepGenerativeReplayPlugin`.
-    :param increasing_replay_size: ..
-    :param ratio: ..
-    :param temperature: ..
-    :param replay_labels: ..
-    :param base_kwargs: as for `ReplayTemplate` (model: the solver, optimizer, iterations, ...).
+    Its `replay` is a `DeepGenerativeReplayPlugin` that is given the generator's strategy.
     """
-
-    def __init__(
-        self,
-        *,
-        generator_strategy: SupervisedTemplate,
-        replay_size: int | None = None,
-        increasing_replay_size: bool = False,
-        ratio: float | None = None,
-        temperature: float | None = None,
-        replay_labels: str = "solver",
-        **base_kwargs,
-    ):
-        replay = DeepGenerativeReplayPlugin(
-            generator_strategy, replay_size, increasing_replay_size,
-            ratio, temperature, replay_labels,
-        )  # fmt: skip
-        super().__init__(replay=replay, **base_kwargs)
 
     def losses(self) -> Tensor:
         """Compute the loss of each image: of replayed ones with soft targets, if there are any.
@@ -551,53 +529,40 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
 
 class LossRecorder(SupervisedPlugin):
-    """Record the loss of each training iteration, check that it is finite, and show a bar.
+    """Record the loss of each training iteration, and check that it is finite.
 
     :param name: what is trained.
-    :param visible: whether to show the bar (on the standard error stream).
     """
 
     EVERY = 50  # iterations between two checks: on a GPU each of them waits for the device
 
-    def __init__(self, name: str, visible: bool = False):
+    def __init__(self, name: str):
         super().__init__()
-        self.name, self.visible = name, visible
+        self.name = name
         self.losses: list[Tensor] = []  # for each experience, shape (iterations,), on the CPU
-
-    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Start a new bar."""
         self.current: list[Tensor] = []
-        self.bar = tqdm(
-            total=len(strategy.dataloader) * strategy.train_epochs,
-            desc=f"experience {strategy.experience.current_experience + 1}, {self.name}",
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
-            ncols=79,
-            leave=False,
-            disable=not self.visible,
-        )
 
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
-        """Record the loss, of current and replayed data, as it is minimised.
-
-        :raises FloatingPointError: if one of the latest is infinite or not a number.
-        """
+        """Record the loss, of current and replayed data, as it is minimised."""
         self.current.append(strategy.loss.detach())
-        if len(self.current) % self.EVERY == 0 or len(self.current) == self.bar.total:
-            losses = torch.cat(self.current).cpu()
-            if not losses.isfinite().all():
-                self.bar.close()
-                first = int((~losses.isfinite()).nonzero()[0])
-                raise FloatingPointError(
-                    f"the loss of the {self.name} is {float(losses[first])} at experience "
-                    f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
-                )
-            self.bar.set_postfix_str(f"loss {losses[-self.EVERY:].mean():.3g}", refresh=False)
-            self.bar.update(len(losses) - self.bar.n)
+        if len(self.current) % self.EVERY == 0:
+            self.check(strategy)
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Keep the experience's losses and take the bar away."""
+        """Keep the losses of the experience."""
+        self.check(strategy)
         self.losses.append(torch.cat(self.current).cpu())
-        self.bar.close()
+        self.current = []
+
+    def check(self, strategy: SupervisedTemplate) -> None:
+        """Raise a FloatingPointError if a loss of the experience is infinite or not a number."""
+        losses = torch.cat(self.current)
+        if not losses.isfinite().all():
+            first = int((~losses.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"the loss of the {self.name} is {float(losses[first])} at experience "
+                f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
+            )
 
     def state_dict(self) -> dict:
         """Collect the losses so far."""

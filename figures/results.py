@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 SCRIPTS = sorted(Path(__file__).parent.parent.glob("*.py"))
 # Constants that don't change the numbers of a run: they don't count in the name of its folder.
 ELSEWHERE = {
-    "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "LOAD", "STRATEGIES", "N_JOBS", "SCHEDULER",
+    "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "STRATEGIES", "N_JOBS", "SCHEDULER",
     "TENSORBOARD",
 }  # fmt: skip
 
@@ -73,7 +73,7 @@ def run_lock(folder: Path, title: str) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise UserError(f"{title}: {error}; lower LEARNING_RATE, or change what diverges") from error
+        raise UserError(f"{title}: {error}; try a lower LEARNING_RATE") from error
     finally:
         lock.release()
 
@@ -102,7 +102,7 @@ def save_state(folder: Path, strategy, generator, **progress) -> None:
     state = {
         "run": folder.name,
         "strategy": strategy.state_dict(),
-        "generator": generator and generator.state_dict(),  # for `Generator.py --load`
+        "generator": generator and generator.state_dict(),  # for figures/saved_generator.py
         "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
     }
     buffer = BytesIO()

@@ -245,7 +245,8 @@ def replay() -> Picture:
         p.words(26, y - 116, title, "left", "bold")
         p.words(26, now, "current minibatch", "left")
         p.names(
-            (268, y - 116, f"{strategy}, {plugin}", "left"), (804, y - 116, "r = ratio = 1/k", "right"),
+            (268, y - 116, f"{strategy}, {plugin}", "left"),
+            (804, y - 116, "r = ratio = 1/k", "right"),
             (158, past + 32, generate), (399, past + 32, label),
             (534, y - 45, "torch.cat"), (765, y - 29, "r ×"), (741, y + 38, "(1 − r) ×"),
         )  # fmt: skip

@@ -22,9 +22,10 @@ from torch.utils.data import RandomSampler
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import DATA_DIR, all_constants  # noqa: E402
+
 import GenerativeReplay  # noqa: E402
 import Generator  # noqa: E402
-from conftest import DATA_DIR, all_constants  # noqa: E402
 from figures.ablation import PLAIN_DGR  # noqa: E402
 from GenerativeModel import VAE, negative_elbo  # noqa: E402
 from TrainingInstances import DeepGenerativeReplayPlugin, in_memory_benchmark  # noqa: E402
@@ -63,8 +64,9 @@ def bare(benchmark, constants):
     """
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
     solver, vae = scholar.model, scholar.replay.generator
-    size, iterations, temperature = constants.BATCH_SIZE, constants.ITERATIONS, constants.TEMPERATURE
-    rate, kl_weight, aligned = constants.LEARNING_RATE, constants.KL_WEIGHT or 0.1, vae.density
+    size, iterations = constants.BATCH_SIZE, constants.ITERATIONS
+    temperature, kl_weight = constants.TEMPERATURE, constants.KL_WEIGHT or 0.1
+    rate, aligned = constants.LEARNING_RATE, vae.density is not None
     optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
     experiences = [experience.dataset.tensors[:2] for experience in benchmark.train_stream]
     seen, accuracies, count = [], [], DeepGenerativeReplayPlugin.AHEAD // size * size
@@ -104,7 +106,8 @@ def bare(benchmark, constants):
             return negative_elbo(x, vae(x), kl_weight).mean()
         replayed, z = next(samples)
         if not aligned:
-            losses = negative_elbo(torch.cat([x, replayed]), vae(torch.cat([x, replayed])), kl_weight)
+            x = torch.cat([x, replayed])
+            losses = negative_elbo(x, vae(x), kl_weight)
             return losses[:size].mean() / k + (1 - 1 / k) * losses[size:].mean()
         z_mean, z_log_var = vae.encode(x)
         logits = vae.decode(torch.cat([vae.reparametrize(z_mean, z_log_var), z]))
@@ -112,10 +115,10 @@ def bare(benchmark, constants):
         old = binary_cross_entropy_with_logits(logits[size:], replayed, reduction="sum") / size
         return current / k + (1 - 1 / k) * old
 
-    for k, (images, labels) in enumerate(experiences, 1):
+    for k, (images, labels) in enumerate(experiences, 1):  # noqa: B007  # the losses read k
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
-        parts = (solver_loss, solver_replay(), optimizers[0]), (vae_loss, vae_replay(), optimizers[1])
-        for loss_of, samples, optimizer in parts:
+        learners = zip((solver_loss, vae_loss), (solver_replay(), vae_replay()), optimizers)
+        for loss_of, samples, optimizer in learners:  # noqa: B007  # the losses read samples
             for i, minibatch in enumerate(minibatches(images, labels)):
                 if constants.ANNEAL:
                     cosine = (1 + math.cos(math.pi * i / iterations)) / 2
@@ -232,10 +235,10 @@ def two_at_a_time(repeats: int, iterations: int) -> list[float]:
     """Two seeds of the digits in two processes, over one after the other."""
 
     def command(jobs):
-        words = ["--dataset", "digits", "--seeds", "0", "1", "--iterations", iterations, "--n-jobs", jobs]
+        script = [sys.executable, ROOT / "GenerativeReplay.py", "--dataset", "digits"]
+        words = map(str, ["--seeds", 0, 1, "--iterations", iterations, "--n-jobs", jobs])
         with tempfile.TemporaryDirectory() as folder:
-            words = map(str, [sys.executable, ROOT / "GenerativeReplay.py", *words])
-            subprocess.run(words, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*script, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
     return [seconds(command, 2) / seconds(command, 1) for _ in range(repeats)]
 
@@ -254,7 +257,8 @@ def main() -> None:
     def report(what: str, target: str, values: list[float]) -> None:
         spread = f"{min(values):.2f} to {max(values):.2f}"
         medians[what] = statistics.median(values)
-        print(f"{what:48} {target:>8} {medians[what]:7.2f} {spread:>13} {len(values):3}", flush=True)
+        middle = f"{medians[what]:7.2f}"
+        print(f"{what:48} {target:>8} {middle} {spread:>13} {len(values):3}", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(medians, indent=1))
 
