@@ -106,6 +106,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         replay_labels: str = "solver",
     ):
         super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
+        self.model_is_generator = generator_strategy is None
         self.fixed_ratio, self.temperature, self.replay_labels = ratio, temperature, replay_labels
         if generator_strategy is not None:
             model = generator_strategy.model
@@ -273,9 +274,12 @@ class ReplayTemplate(SupervisedTemplate):
         plugins: Sequence = (),
         **base_kwargs,
     ):
-        self.replay, self.iterations = replay, iterations
+        self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
         plugins = [*plugins, *([replay] if replay else [])]
-        super().__init__(criterion=criterion, plugins=plugins, **base_kwargs)
+        # Avalanche's own plugins, such as EWC, expect a mean.
+        super().__init__(
+            criterion=lambda *both: criterion(*both).mean(), plugins=plugins, **base_kwargs
+        )
 
     def criterion(self) -> Tensor:
         """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed), eq. 1.
@@ -297,14 +301,14 @@ class ReplayTemplate(SupervisedTemplate):
 
     def losses(self) -> Tensor:
         """Compute the loss of each image in the minibatch, shape (batch,)."""
-        return self._criterion(self.mb_output, self.mb_y)
+        return self.loss_of_each(self.mb_output, self.mb_y)
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Compute the model's output: without task identity, whatever labels a benchmark has."""
         return self.model(self.mb_x)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
-        """Load so many minibatches, over as many passes through the data as that takes."""
+        """Load `iterations` minibatches, over as many passes as it takes; without, one pass."""
         count = self.iterations and self.iterations * self.train_mb_size
         random = RandomSampler(self.adapted_dataset, num_samples=count)
         sampler = random if shuffle else SequentialSampler(self.adapted_dataset)
@@ -416,7 +420,7 @@ class GeneratorTraining(ReplayTemplate):
 
     def losses(self) -> Tensor:
         """Compute the loss of each image, shape (batch,)."""
-        return self._criterion(self.mb_x, self.mb_output)
+        return self.loss_of_each(self.mb_x, self.mb_output)
 
 
 class VAETraining(GeneratorTraining):

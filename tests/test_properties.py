@@ -1,8 +1,8 @@
 """Whatever the stream and the constants: what holds of replay, and that no image is kept."""
 
+import copy
 import gc
-import math
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 
 import benchmark
 import numpy as np
@@ -15,46 +15,50 @@ from hypothesis import strategies as st
 from torch import nn
 
 import GenerativeModel
-import Generator
+import GenerativeReplay
 import TrainingInstances
-from TrainingInstances import VAETraining, in_memory_benchmark
-
-CLASSES = 6
+from TrainingInstances import in_memory_benchmark
 
 
 @st.composite
 def cases(draw):
     """Draw a stream of tiny images, and how a scholar is to learn it."""
-    some_classes = st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=3, unique=True)
+    some_classes = st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True)
     experience = some_classes.map(lambda labels: labels * draw(st.integers(1, 5)))
-    return SimpleNamespace(
-        stream=draw(st.lists(experience, min_size=1, max_size=7)),
-        shape=draw(st.tuples(*[st.integers(1, 4)] * 3)),
-        batch_size=draw(st.integers(1, 8)),
-        iterations=draw(st.none() | st.integers(1, 3)),
-        anneal=draw(st.booleans()),
-        components=draw(st.integers(0, 2)),
-        temperature=draw(st.sampled_from([None, 2.0])),
-        replay_size=draw(st.none() | st.integers(0, 5)),
-        doubling=draw(st.booleans()),
-        ratio=draw(st.sampled_from([None, 0, 0.5, 1])),
+    stream = draw(st.lists(experience, min_size=1, max_size=7))
+    shape, iterations = (
+        draw(st.tuples(*[st.integers(1, 4)] * 3)),
+        draw(st.none() | st.integers(1, 3)),
     )
+    return stream, shape, all_constants(
+        HIDDEN_UNITS=4,
+        LATENT_SIZE=2,
+        NORMALIZE=False,  # there may be a single pixel
+        BATCH_SIZE=draw(st.integers(1, 8)),
+        ITERATIONS=iterations,
+        ANNEAL=draw(st.booleans()) and iterations is not None,
+        MIXTURE_COMPONENTS=draw(st.integers(0, 2)),
+        TEMPERATURE=draw(st.sampled_from([None, 2.0])),
+        REPLAY_SIZE=draw(st.none() | st.integers(0, 5)),
+        INCREASING_REPLAY_SIZE=draw(st.booleans()),
+        RATIO=draw(st.sampled_from([None, 0, 0.5, 1])),
+    )  # fmt: skip
 
 
 class Witness(SupervisedPlugin):
     """Check each minibatch that a strategy learns, and note how many real images it had."""
 
-    def __init__(self, case):
+    def __init__(self, constants):
         super().__init__()
-        self.case, self.minibatches = case, []
+        self.constants, self.minibatches = constants, []
         self.images = self.seen = self.frozen = None  # of this experience, set from outside
 
     def before_forward(self, strategy, **kwargs):
         replay, k, n = strategy.replay, strategy.experience.current_experience, strategy.n_real
         x, y, task_labels = strategy.mbatch
         self.minibatches.append(n)
-        amount = n if self.case.replay_size is None else self.case.replay_size
-        doublings = k - 1 if self.case.doubling else 0
+        amount = n if self.constants.REPLAY_SIZE is None else self.constants.REPLAY_SIZE
+        doublings = k - 1 if self.constants.INCREASING_REPLAY_SIZE else 0
         assert len(x) - n == (amount * 2**doublings if k else 0)
         assert len(x) == len(y) == len(task_labels)
         # The real images come first, unchanged, each with its label.
@@ -76,56 +80,35 @@ class Witness(SupervisedPlugin):
         assert all(part.isfinite().all() for part in parts)
 
 
-def tiny_scholar(case):
-    """Make a scholar for a case, and the witnesses of its solver and its generator."""
-    solver = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(case.shape), CLASSES))
-    density = None
-    if case.components:
-        density = GenerativeModel.ClassConditionalGMM(CLASSES, case.components, latent_size=2)
-    vae = GenerativeModel.VAE(case.shape, hidden_units=4, latent_size=2, density=density)
-    constants = all_constants(ANNEAL=case.anneal and case.iterations is not None)
-    witnesses, arguments = (Witness(case), Witness(case)), []
-    for witness, model in zip(witnesses, (solver, vae)):
-        arguments.append(Generator.training_arguments(
-            "model", model, constants, case.iterations, case.batch_size, 0.01
-        ))  # fmt: skip
-        arguments[-1]["plugins"].append(witness)
-        arguments[-1] |= {"replay_size": case.replay_size, "ratio": case.ratio}
-        arguments[-1]["increasing_replay_size"] = case.doubling
-    scholar = TrainingInstances.GenerativeReplay(
-        generator_strategy=VAETraining(**arguments[1]),
-        temperature=case.temperature,
-        evaluator=TrainingInstances.EvaluationOnly(),
-        **arguments[0],
-    )
-    return scholar, witnesses
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases())
 def test_what_holds_of_replay_in_any_stream(case):
     torch.manual_seed(0)
-    data = [(torch.rand(len(y), *case.shape), torch.tensor(y)) for y in case.stream]
-    scholar, witnesses = tiny_scholar(case)
-    stream, seen, sizes = in_memory_benchmark(data, data).train_stream, set(), []
-    for experience, (x, y) in zip(stream, data):
+    labels, shape, constants = case
+    data = [(torch.rand(len(y), *shape), torch.tensor(y)) for y in labels]
+    stream, seen, sizes = in_memory_benchmark(data, data), set(), []
+    scholar = GenerativeReplay.make_scholar(stream, constants)
+    witnesses = Witness(constants), Witness(constants)
+    for strategy, witness in zip((scholar, scholar.replay.generator_strategy), witnesses):
+        strategy.plugins.append(witness)
+    for experience, (x, y) in zip(stream.train_stream, data):
         models = {"old_generator": scholar.replay.generator, "old_model": scholar.model}
-        frozen = {
-            name: {key: value.clone() for key, value in model.state_dict().items()}
-            for name, model in models.items()
-        }
+        frozen = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
         for witness in witnesses:
             witness.images, witness.seen, witness.frozen = (x, y), set(seen), frozen
         scholar.train(experience)
         seen |= set(y.tolist())
         assert scholar.replay.seen_classes == sorted(seen)
         # Solver and generator have learned this experience once.
-        one_pass = [len(part) for part in x.split(case.batch_size)]
-        sizes += [case.batch_size] * case.iterations if case.iterations else one_pass
+        one_pass, count = (
+            [len(part) for part in x.split(constants.BATCH_SIZE)],
+            constants.ITERATIONS,
+        )
+        sizes += [constants.BATCH_SIZE] * count if count else one_pass
         assert witnesses[0].minibatches == witnesses[1].minibatches == sizes
     samples = scholar.replay.generator.generate(5)
-    assert samples.shape == (5, *case.shape) and 0 <= samples.min() and samples.max() <= 1
-    scholar.eval(stream)
+    assert samples.shape == (5, *shape) and 0 <= samples.min() and samples.max() <= 1
+    scholar.eval(stream.test_stream)
 
 
 # ------------------------------------------------------------------------------------------------
