@@ -89,7 +89,7 @@ def backend(constants: BaseModel):
         client = Client(constants.SCHEDULER, timeout=10)
         for ask in client.run_on_scheduler, client.run:  # else it would wait for them for ever
             ask(lambda: bool(__import__("GenerativeReplay")))
-    except OSError:
+    except (OSError, ValueError):
         raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
     except ImportError as error:
         raise UserError(
@@ -127,7 +127,7 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Image
         record |= {"classes": [names[y] for y in sorted(names)], "label_order": list(names)}
         state = {"record": record | {"accuracy_matrix": []}, "samples": []}
         state |= results.load_state(folder, scholar) or {}
-        record, samples = state["record"], state["samples"]
+        record, samples = state["record"] | {"name": name}, state["samples"]
         matrix = record["accuracy_matrix"]
 
         for experience in benchmark.train_stream[len(matrix) :]:

@@ -40,7 +40,9 @@ def check_distinct(values: tuple) -> tuple:
 
 
 T = TypeVar("T")
-Distinct = Annotated[tuple[T, ...], AfterValidator(check_distinct)]
+Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(check_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 # ------------------------------------------------------------------------------------------------
 # Constants of both scripts. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
@@ -52,9 +54,9 @@ IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; 
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
 SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; pixels in another order
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
-CLASS_ORDER: Distinct[NonNegativeInt] = ()  # labels in the order of arrival; empty: 0 1 2 ...
+CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
-SEEDS: Distinct[Annotated[int, Field(ge=0, lt=2**63)]] = (0,)  # one run each
+SEEDS: Distinct[Seed] = (0,)  # one run each
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
@@ -68,7 +70,7 @@ GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver; 0.0
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
-DEVICE: str = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
+DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 RESULTS_DIR: str = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
 
@@ -520,7 +522,9 @@ def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
         "DEVICE": choose_device(constants.DEVICE),
         "ITERATIONS": constants.ITERATIONS or images.iterations,
     })  # fmt: skip
-    Path(constants.RESULTS_DIR).mkdir(parents=True, exist_ok=True)
+    folder = Path(constants.RESULTS_DIR)
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise UserError(f"RESULTS_DIR is {str(folder)!r}, but has to be the name of a folder")
     print("\n".join(f"{name} = {value!r}" for name, value in constants), flush=True)
     return images, constants
 

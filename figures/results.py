@@ -86,6 +86,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

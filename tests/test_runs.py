@@ -3,19 +3,21 @@
 import json
 import os
 import pickle
-import pty
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, begin, run
+from conftest import OFFLINE, ROOT, all_constants, begin, run
 
 from figures import results
 from figures.ablation import PLAIN_DGR
@@ -33,7 +35,7 @@ def options(**changes):
 
 
 def start(script, *arguments, **more):
-    """Start a script in a new process of Python, in a process group of its own."""
+    """Start a script in a new process of Python, as the leader of a process group."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(command, env=os.environ | OFFLINE, start_new_session=True, **more)
 
@@ -82,8 +84,9 @@ def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(script, change
     killed.join()
     assert not list(state.parent.glob("*.json"))  # it wasn't finished
     again = run(script, *words, "--results-dir", "killed", cwd=tmp_path)
-    assert again.returncode == 0 and again.stderr == ""
-    assert "experience 1/5" in whole.stdout and "experience 1/5" not in again.stdout
+    assert whole.returncode == again.returncode == 0 and whole.stderr == again.stderr == ""
+    assert "experience 1/5" in whole.stdout
+    assert "experience 1/5" not in again.stdout  # it went on
     found = numbers(tmp_path / "killed")
     assert len(found) >= 2 and found == numbers(tmp_path / "whole")
 
@@ -155,8 +158,8 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     bad = [good[: len(good) // 2], b"", pickle.dumps(Trap()), b"<!DOCTYPE html>"]
     for content in [*bad, foreign.read_bytes()]:
         state.write_bytes(content)
-        for script, more in ("GenerativeReplay.py", ()), ("Generator.py", ("--load", state.parent)):
-            done = run(script, *words, *more, cwd=tmp_path)
+        for command in ["GenerativeReplay.py", *words], ["figures.saved_generator", state.parent]:
+            done = run(*command, cwd=tmp_path)
             assert done.returncode == 2 and "state.pt is no state of this run" in done.stderr
             assert "move it away" in one_line(done.stderr)
         assert state.read_bytes() == content and not list(tmp_path.rglob("trapped"))
@@ -194,6 +197,24 @@ def test_two_copies_at_once_run_each_run_once(tmp_path):
     assert first == second
 
 
+def test_an_edit_of_any_script_makes_a_new_folder(tmp_path, monkeypatch):
+    def folder(seed=0, **changes):
+        images = SimpleNamespace(name="digits")
+        return results.run_folder(all_constants(**changes), images, "replay", seed)
+
+    before = folder()
+    assert {path.name for path in results.SCRIPTS} == {path.name for path in ROOT.glob("*.py")}
+    copies = [Path(shutil.copy(path, tmp_path)) for path in results.SCRIPTS]
+    monkeypatch.setattr(results, "SCRIPTS", copies)
+    assert folder() == before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3)
+    assert folder(BATCH_SIZE=65) != before != folder(seed=1)
+    for path in copies:
+        text = path.read_bytes()
+        path.write_bytes(text + b"\n")
+        assert folder() != before
+        path.write_bytes(text)
+
+
 @pytest.mark.parametrize("who", ["solver", "generator"])
 def test_a_loss_that_is_no_number_ends_the_run(who, tmp_path):
     option = "--learning-rate" if who == "solver" else "--generator-learning-rate"
@@ -202,20 +223,6 @@ def test_a_loss_that_is_no_number_ends_the_run(who, tmp_path):
     found = re.search(what, one_line(done.stderr))
     assert done.returncode == 2 and found and 1 < int(found[2]) <= 40
     assert not list(tmp_path.rglob("state.pt"))
-
-
-def test_a_terminal_gets_a_bar(tmp_path):
-    main, terminal = pty.openpty()
-    process = start("GenerativeReplay.py", *options(ITERATIONS=150), cwd=tmp_path, stderr=terminal)
-    os.close(terminal)
-    text = ""
-    while "experience 2, generator" not in text:
-        text += os.read(main, 10_000).decode()
-    process.kill()
-    process.wait()
-    os.close(main)
-    assert re.search(r"experience 2, solver +\d+%\|.*\| .* left, loss \d", text)
-    assert all(len(line) < 80 for line in re.split(r"[\r\n]", text))
 
 
 def test_tensorboard_leaves_curves(tmp_path):

@@ -1,397 +1,194 @@
 """Both scripts as their users run them, on the digits that ship with scikit-learn."""
 
-import importlib.util
 import json
-import multiprocessing
-import os
-import pickle
+import re
+import shutil
+import subprocess
 import sys
-import threading
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA_DIR, ROOT, all_constants, needs_mnist, run
 
 import GenerativeReplay
 import Generator
 from figures import draw
+from figures.ablation import COMPONENTS, PLAIN_DGR
 
-ROOT = Path(__file__).parent.parent
-# No display, no network (a proxy that nobody listens on), and no MNIST from outside.
-NOWHERE = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY"], "http://127.0.0.1:9")
-OFFLINE = {
-    "MPLBACKEND": "agg",
-    "OMP_NUM_THREADS": "1",
-    "DATA_DIR": "nowhere",
-    "no_proxy": "",
-    **NOWHERE,
-}
-QUICK = ("--dataset", "digits", "--iterations", "20")
+SMALL = ("--dataset", "digits", "--hidden-units", 40, "--latent-size", 4)
+EXPERIMENT = (*SMALL, "--iterations", 30, "--strategies", "replay", "naive", "joint", "er")
 
 
-# A server that has made the ten seconds of imports forks a process for each run.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["GenerativeReplay", "TrainingInstances", "figures.draw"])
+def records(folder):
+    """The records of all runs in a folder, by strategy and seed."""
+    paths = folder.glob("*/results.json")
+    return {(r["name"], r["seed"]): r for r in (json.loads(p.read_text()) for p in paths)}
 
 
-def in_child(script, arguments, cwd, outputs):
-    """A script as its own process runs it, but for the imports."""
-    os.chdir(cwd)
-    os.environ.update(OFFLINE)
-    for number, output in enumerate(outputs, 1):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    Generator.DATA_DIR = OFFLINE["DATA_DIR"]
-    torch.set_num_threads(1)
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        Generator.interruptible(importlib.import_module(Path(script).stem).main)
-    finally:
-        threading._shutdown()  # as at the end of Python; else joblib's processes are waited for
+def table(text):
+    """The table of accuracies that a command has printed."""
+    return (
+        text[text.index("final accuracy") :].split("\nThese")[0].split("\nResults")[0].splitlines()
+    )
 
 
-def begin(script, *arguments, cwd, outputs=(os.devnull, os.devnull)):
-    process = SERVER.Process(target=in_child, args=(script, arguments, cwd, outputs))
-    process.start()
-    return process
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Four strategies with two seeds, in two processes."""
+    cwd = tmp_path_factory.mktemp("experiment")
+    done = run("GenerativeReplay.py", *EXPERIMENT, "--seeds", 0, 1, "--n-jobs", 2, cwd=cwd)
+    assert done.returncode == 0 and done.stderr == ""
+    folder = cwd / "results"
+    return SimpleNamespace(folder=folder, out=done.stdout, records=records(folder))
 
 
-def run(script, *arguments, cwd):
-    with TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = begin(script, *arguments, cwd=cwd, outputs=outputs)
-        process.join()
-        stdout, stderr = (output.read_text() for output in outputs)
-    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
-
-
-def mnist_folder():
-    folder = Path(os.environ.get("DATA_DIR", "data"))
-    return folder if folder.is_absolute() else ROOT / folder
-
-
-def all_constants(**changes):
-    """The constants of both scripts, as they stand there, with changes."""
-    names = {**vars(Generator), **vars(GenerativeReplay)}
-    rules = {**Generator.RULES, **GenerativeReplay.RULES}
-    return SimpleNamespace(**{name: names[name] for name in rules} | changes)
-
-
-needs_mnist = pytest.mark.skipif(
-    not (mnist_folder() / "MNIST" / "raw" / "train-images-idx3-ubyte").exists(),
-    reason=f"MNIST is not in {mnist_folder()}; set DATA_DIR to where it is",
-)
+@pytest.fixture
+def copied(experiment, tmp_path):
+    """A copy of the experiment's results, that a test can change."""
+    return shutil.copytree(experiment.folder, tmp_path / "results")
 
 
 @pytest.mark.parametrize("script", ["Generator.py", "GenerativeReplay.py"])
-def test_help_lists_every_constant_with_its_comment(script, tmp_path):
-    done = run(script, "--help", cwd=tmp_path)
+def test_help_lists_every_constant_with_its_comment_at_once(script, tmp_path):
+    began = time.perf_counter()
+    command = [sys.executable, ROOT / script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert time.perf_counter() - began < 3
+    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     text = " ".join(done.stdout.split())
-    assert done.returncode == 0 and done.stderr == ""
-    for name in Generator.RULES:
-        assert "--" + name.lower().replace("_", "-") in text
-    sources = ["Generator.py"] if script == "Generator.py" else ["Generator.py", script]
-    for line in "\n".join((ROOT / source).read_text() for source in sources).splitlines():
-        if line[:1].isupper() and "  # " in line:
-            assert line.split("  # ")[1] in text
-    assert ("--input-dropout" in text) == (script == "GenerativeReplay.py")
+    for source in {"Generator.py", script}:
+        code = (ROOT / source).read_text(encoding="utf-8")
+        constants = re.findall("^([A-Z_]+): .* = .*?  # (.+)$", code, re.MULTILINE)
+        assert len(constants) > 10
+        for name, comment in constants:
+            assert f"--{name.lower().replace('_', '-')} [ ...] {comment}" in text
 
 
-def test_constants_from_the_command_line(monkeypatch):
-    words = "x --batch-size 64 --seeds 3 1 --replay-size None --increasing-replay-size --ratio .5"
-    words += " --results-dir 2024 --summarize 2025 --load none"
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--class-order", *"9876543210"])
-    constants = Generator.read_constants(Generator, GenerativeReplay)
-    assert constants.BATCH_SIZE == 64 and constants.SEEDS == (3, 1) and constants.RATIO == 0.5
-    assert constants.REPLAY_SIZE is None and constants.INCREASING_REPLAY_SIZE is True
-    assert constants.CLASS_ORDER == tuple(range(9, -1, -1))
-    assert constants.LEARNING_RATE == Generator.LEARNING_RATE
-    assert set(vars(constants)) == {*Generator.RULES, *GenerativeReplay.RULES}
-    assert constants.RESULTS_DIR == "2024" and constants.SUMMARIZE == "2025"
-    assert constants.LOAD is None
-
-
-def test_the_experiment_and_its_results(tmp_path):
-    arguments = *QUICK, "--seeds", 1, 0, "--strategies", "replay", "naive", "joint", "--n-jobs", 2
-    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "BATCH_SIZE = 64\n" in done.stdout and "DATASET = 'digits'\n" in done.stdout
-    assert done.stdout.count("accuracy matrix") == 6 and done.stdout.count("accuracy so far") == 30
-    files = sorted((tmp_path / "results").glob("*/results.json"))
-    results = {}
-    for file in files:
-        result = json.loads(file.read_text())
-        results[result["strategy"], result["seed"]] = result
-        matrix = np.array(result["accuracy_matrix"])
+def test_results_and_statistics(experiment):
+    assert "BATCH_SIZE = 64\n" in experiment.out and len(experiment.records) == 8
+    for record in experiment.records.values():
+        matrix, confusions = map(np.array, (record["accuracy_matrix"], record["confusion_matrix"]))
         assert matrix.shape == (5, 5) and matrix.min() >= 0 and matrix.max() <= 1
-        assert result["final_accuracy"] == pytest.approx(matrix[-1].mean())
-        drops = [matrix[j:4, j].max() - matrix[4, j] for j in range(4)]
-        assert result["forgetting"] == pytest.approx(np.mean(drops))
-        assert result["dataset"] == "digits"
-        assert result["constants"]["ITERATIONS"] == 20 and result["seconds"] > 0
-        assert result["constants"]["DEVICE"] != "auto"
-        assert set(result["versions"]) == {"python", "torch", "torchvision", "avalanche-lib"}
-    first, second = results["replay", 0], results["replay", 1]
-    assert len(results) == 6 and first["accuracy_matrix"] != second["accuracy_matrix"]
-    # Fine-tuning forgets, and whoever keeps everything doesn't.
-    for seed in (0, 1):
-        assert results["naive", seed]["accuracy_matrix"][-1][0] == 0
-        assert results["joint", seed]["accuracy_matrix"][-1][0] > 0.5
-    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    assert list(summary["results"]) == ["replay", "naive", "joint"]
-    values = [second["final_accuracy"], first["final_accuracy"]]
-    accuracy = summary["results"]["replay"]["final_accuracy"]
-    assert accuracy["values"] == values and accuracy["mean"] == pytest.approx(np.mean(values))
-    error = np.std(values, ddof=1) / np.sqrt(2)
-    assert accuracy["standard_error"] == pytest.approx(error)
-    assert len(list((tmp_path / "results" / "figures").glob("*.png"))) == 1 + 3 * 4 + 1
-    assert list(tmp_path.rglob("*.unfinished")) == []
-
-    # What is finished is not run again, unless that is asked for.
-    times = {file: file.stat().st_mtime_ns for file in files}
-    naive = *QUICK, "--seeds", 1, "--strategies", "naive"
-    skipped = run("GenerativeReplay.py", *naive, cwd=tmp_path)
-    assert skipped.stdout.count("finished already") == 1
-    assert {file: file.stat().st_mtime_ns for file in files} == times
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert skipped.stdout.splitlines()[-2].split() in rows
-    forced = run("GenerativeReplay.py", *naive, "--force", cwd=tmp_path)
-    assert "finished already" not in forced.stdout
-    again = [file for file in files if file.stat().st_mtime_ns != times[file]]
-    assert [file.parent.name.split("-")[1::2] for file in again] == [["naive", "seed1"]]
-
-    # A seed gives the same numbers alone as after another one; a file is no results folder.
-    (tmp_path / "file").touch()
-    again = run("GenerativeReplay.py", *QUICK, "--results-dir", "again", cwd=tmp_path)
-    assert again.returncode == 0
-    (file,) = (tmp_path / "again").glob("*/results.json")
-    assert json.loads(file.read_text())["accuracy_matrix"] == first["accuracy_matrix"]
-    blocked = run("GenerativeReplay.py", *QUICK, "--results-dir", "file", cwd=tmp_path)
-    assert blocked.returncode == 2 and blocked.stderr.count("\n") == 1
-    assert "RESULTS_DIR" in blocked.stderr
+        assert record["final_accuracy"] == pytest.approx(matrix[-1].mean())
+        assert confusions.shape == (10, 10) and confusions.sum() == 360
+        right, of_all = (x.reshape(5, 2).sum(1) for x in (confusions.diagonal(), confusions.sum(1)))
+        assert matrix[-1] == pytest.approx(right / of_all)
+        assert record["dataset"] == "digits" and record["notice"] == "" and record["seconds"] > 0
+        assert record["constants"]["ITERATIONS"] == 30 and record["constants"]["DEVICE"] != "auto"
+        assert set(record["versions"]) == {"python", "torch", "torchvision", "avalanche-lib"}
+    summary = json.loads((experiment.folder / "summary.json").read_text())
+    assert list(summary) == ["replay", "naive", "joint", "er"]
+    for name, row in summary.items():
+        values = [experiment.records[name, seed]["final_accuracy"] for seed in (0, 1)]
+        error, accuracy = np.std(values, ddof=1) / np.sqrt(2), row["final_accuracy"]
+        assert row["seeds"] == [0, 1] and accuracy["values"] == values
+        assert accuracy["mean"] == pytest.approx(np.mean(values))
+        assert accuracy["standard_error"] == pytest.approx(error)
+        means = f"{name}, mean ± s.e. {np.mean(values):.2%} ± {error:.2%}"
+        assert any(" ".join(line.split()).startswith(means) for line in table(experiment.out))
+    rows = [row.split(",") for row in (experiment.folder / "metrics.csv").read_text().splitlines()]
+    assert rows[0] == ["strategy", "seed", "experience_trained", "experience_tested", "accuracy"]
+    assert len(rows) == 1 + 8 * 25
+    for name, seed, trained, tested, accuracy in rows[1:]:
+        matrix = experiment.records[name, int(seed)]["accuracy_matrix"]
+        assert float(accuracy) == matrix[int(trained) - 1][int(tested) - 1]
 
 
-def test_the_generator_script_falls_back_on_the_digits_and_says_so(tmp_path):
-    done = run("Generator.py", "--iterations", 10, "--n-experiences", 2, cwd=tmp_path)
+def test_a_seed_gives_the_same_numbers_alone_and_others_give_others(experiment, tmp_path):
+    words = *EXPERIMENT[:-4], "replay", "er", "--seeds", 1
+    assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
+    alone = records(tmp_path / "results")
+    assert len(alone) == 2
+    for (name, seed), record in alone.items():
+        for key in ("accuracy_matrix", "confusion_matrix"):
+            assert record[key] == experiment.records[name, seed][key]
+            assert record[key] != experiment.records[name, 0][key]
+
+
+def test_finished_runs_are_skipped(experiment, copied):
+    times = {path: path.stat().st_mtime_ns for path in copied.glob("digits-*/*.*")}
+    done = run("GenerativeReplay.py", *EXPERIMENT, "--seeds", 1, cwd=copied.parent)
+    assert done.returncode == 0 and done.stdout.count("finished already") == 4
+    assert len(times) == 8 * 3 + 2  # samples of replay alone
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert set(table(done.stdout)[1:]) < set(table(experiment.out))
+
+
+def test_drawing_needs_the_results_alone(experiment, copied):
+    pictures = {p.name: p.read_bytes() for p in (copied / "figures").iterdir()}
+    shutil.rmtree(copied / "figures")
+    done = run("figures.draw", "results", cwd=copied.parent)
     assert done.returncode == 0 and done.stderr == ""
-    assert "MNIST can't be had" in done.stdout and "NOT MNIST" in done.stdout
-    (folder,) = (tmp_path / "results").glob("digits-*")
-    result = json.loads((folder / "generator.json").read_text())
-    assert "NOT MNIST" in draw.title("", [result])
-    assert "NOT MNIST" in result["notice"] and result["dataset"] == "digits"
-    assert np.shape(result["loss_matrix"]) == (2, 2)
-    arrays = np.load(folder / "samples.npz")
-    assert arrays["samples"].shape == (2, 20, 1, 28, 28)
-    assert arrays["reconstructions"].shape == (2, 10, 1, 28, 28)
-    picture = tmp_path / "results/figures/generator-seed0.png"
-    drawn = picture.read_bytes()
-    # Of another generator, which reconstructs nothing; and then the first again, from its files.
-    other = "--iterations", 10, "--n-experiences", 2, "--generator", "wgan-gp"
-    assert run("Generator.py", *other, cwd=tmp_path).returncode == 0
-    (arrays,) = [np.load(f) for f in tmp_path.rglob("samples.npz") if f.parent != folder]
-    assert set(arrays) == {"originals", "samples"} and picture.read_bytes() != drawn
-    again = run("Generator.py", "--iterations", 10, "--n-experiences", 2, cwd=tmp_path)
-    assert "finished already" in again.stdout and picture.read_bytes() == drawn
+    assert table(done.stdout) == table(experiment.out)
+    assert {p.name: p.read_bytes() for p in (copied / "figures").iterdir()} == pictures
+    # Runs from several machines, each in a folder; and a copy, which is no other run.
+    machines = copied.parent / "machines"
+    shutil.copytree(copied, machines / "second")
+    copied.rename(machines / "first")
+    for path in (machines / "second").glob("*naive*"):
+        shutil.rmtree(path)
+    done = run("figures.draw", "machines", cwd=machines.parent)
+    assert done.returncode == 0 and table(done.stdout) == table(experiment.out)
+    assert (machines / "figures" / "accuracy.png").exists()
 
 
-def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):
-    done = run("Generator.py", "--dataset", "mnist", "--data-dir", "empty", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "empty/MNIST/raw/train-images-idx3-ubyte is missing" in done.stderr
-    assert "DATA_DIR" in done.stderr
-    assert not (tmp_path / "results").exists()
+def test_a_folder_is_shown_or_it_is_said_why_not(copied):
+    replay, naive = next(copied.glob("*replay*")), next(copied.glob("*naive*"))
+    done = run("figures.saved_generator", replay, cwd=copied.parent)
+    assert done.returncode == 0 and done.stderr == "" and "saved_generator.png" in done.stdout
+    assert (replay / "saved_generator.png").stat().st_size > 10_000
+    (naive / "results.json").write_text("{")
+    for words, expected in [
+        (["figures.saved_generator", naive], "a run without generator"),
+        (["figures.saved_generator", "nowhere"], "name one folder of a run"),
+        (["figures.draw", "results"], "results.json can't be read"),
+        (["figures.draw", "results/figures"], "no results.json in or below 'results/figures'"),
+        (["figures.draw"], "python -m figures.draw results"),
+    ]:
+        done = run(*words, cwd=copied.parent)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr
 
 
-def test_a_cluster_without_dask_is_refused(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "dask", None)
-    with pytest.raises(SystemExit):
-        GenerativeReplay.processes(all_constants(BACKEND="dask"))
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install distributed" in error
+def test_auto_falls_back_on_the_digits_and_says_so(tmp_path):
+    notice = "scikit-learn's 8x8 digits, NOT MNIST"
+    words = "--iterations", 5, "--n-experiences", 2
+    for script, file in ("Generator.py", "generator.json"), ("GenerativeReplay.py", "results.json"):
+        done = run(script, *words, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "" and notice in done.stdout
+        assert "DATASET = 'digits'" in done.stdout and "can't be downloaded" in done.stdout
+        (path,) = tmp_path.glob(f"results/digits-*/{file}")
+        record = json.loads(path.read_text())
+        assert record["notice"] == notice and notice in draw.title("Samples", [record])
+    assert f"These are numbers of {notice}" in done.stdout
+    folder = next(tmp_path.glob("results/digits-generator-*"))
+    assert (folder / "generator.png").stat().st_size > 10_000
+    with np.load(folder / "samples.npz") as arrays:
+        assert arrays["samples"].shape == (2, 20, 1, 28, 28)
+        assert arrays["reconstructions"].shape == (2, 10, 1, 28, 28)
+
+
+def test_the_ablation_adds_one_component_after_the_other(tmp_path):
+    words = *SMALL[:4], "--iterations", 3, "--n-experiences", 2
+    done = run("figures.ablation", *words, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "results" / "figures" / "ablation.png").exists()
+    names = ["plain DGR", *(f"+ {name}" for name in COMPONENTS)]
+    rows = [line.split(", seed 0")[0] for line in table(done.stdout)[1:]]
+    assert rows == [*names, "naive", "joint"]
+    found = {name: r["constants"] for (name, _), r in records(tmp_path / "results").items()}
+    assert found["plain DGR"].items() >= PLAIN_DGR.items() and found[names[-1]] == found["joint"]
+    for before, after in zip(names, names[1:]):
+        changed = {key for key, value in found[after].items() if found[before][key] != value}
+        assert changed == set(COMPONENTS[after.removeprefix("+ ")])
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
-    strategies = "--strategies", "replay", "naive"
-    done = run("GenerativeReplay.py", *QUICK[:2], "--iterations", 100, *strategies, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
-    final = {name: result["final_accuracy"]["mean"] for name, result in results.items()}
-    assert final["replay"] > final["naive"] + 0.5
-
-
-def test_the_ablation_adds_one_ingredient_after_the_other():
-    constants = all_constants(STRATEGIES=("naive",), ABLATION=True)
-    steps = GenerativeReplay.variants(constants)
-    names = list(GenerativeReplay.INGREDIENTS)
-    expected = ["plain replay", *(f"+ {name}" for name in names), "naive", "joint"]
-    assert [step[0] for step in steps] == expected
-    plain = vars(steps[0][2])
-    assert plain["TEMPERATURE"] is None and plain["INPUT_SHIFT"] == plain["INPUT_DROPOUT"] == 0
-    assert plain["KL_WEIGHT"] == 1 and plain["MIXTURE_COMPONENTS"] == 0 and not plain["ANNEAL"]
-    for (_, _, before), (name, strategy, after) in zip(steps, steps[1:-2]):
-        changed = {key for key in vars(after) if vars(after)[key] != vars(before)[key]}
-        assert changed == set(GenerativeReplay.INGREDIENTS[name[2:]]) and strategy == "replay"
-    assert all(vars(step[2]) == vars(constants) for step in steps[-3:])
-    constants.ABLATION = False
-    assert GenerativeReplay.variants(constants) == [("naive", "naive", constants)]
-
-
-def test_an_ablation_leaves_its_figure_and_its_rows(tmp_path):
-    arguments = "--dataset", "digits", "--iterations", 2, "--ablation", "--n-jobs", 2
-    done = run("GenerativeReplay.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "results" / "summary.json").read_text())["results"]
-    assert len(rows) == len(GenerativeReplay.INGREDIENTS) + 3
-    assert (tmp_path / "results" / "figures" / "ablation.png").stat().st_size > 10_000
-    runs = [{**json.loads(next((tmp_path / "results").glob("*/results.json")).read_text())}] * len(
-        rows
-    )
-    figure = draw.accuracy_so_far([run | {"name": name} for run, name in zip(runs, rows)])
-    assert len(figure.axes[0].lines) == len(rows) + 1  # and chance
-
-
-def test_code_that_changes_makes_a_new_run_and_comments_do_not(tmp_path):
-    for script in ROOT.glob("*.py"):
-        (tmp_path / script.name).write_text(script.read_text())
-    spec = importlib.util.spec_from_file_location("copy", tmp_path / "Generator.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def folder():
-        return module.run_folder(all_constants(), "digits", "replay", 0).name
-
-    before, path = folder(), tmp_path / "GenerativeModel.py"
-    assert before == Generator.run_folder(all_constants(), "digits", "replay", 0).name
-    text = path.read_text().replace("One pass", "A pass").replace("A generative", "Any generative")
-    assert text != path.read_text()
-    path.write_text(text + "# a comment\n")
-    assert folder() == before
-    path.write_text(path.read_text().replace("nn.ReLU()", "nn.SiLU()"))
-    assert folder() != before
-
-
-def test_what_a_scholar_carries_over_is_small():
-    constants = all_constants(DEVICE="cpu", ITERATIONS=1)
-    scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
-    images = Generator.load_digits()
-
-    def carried():
-        return len(pickle.dumps((scholar.model, scholar.replay.generator)))
-
-    before = carried()
-    assert before < 8e6
-    for experience in Generator.make_benchmark(images, constants).train_stream[:2]:
-        scholar.train(experience)
-    assert abs(carried() - before) < 1000  # whatever it has learned
-
-
-def robust_input(**changes):
-    """The part of the solver that changes its input."""
-    plain = {"DEVICE": "cpu", "ITERATIONS": 1, **GenerativeReplay.PLAIN}
-    return GenerativeReplay.make_scholar((1, 28, 28), all_constants(**plain | changes)).model[:2]
-
-
-def test_robust_input():
-    torch.manual_seed(0)
-    x = torch.rand(100, 1, 28, 28)
-    assert torch.equal(robust_input()(x), x)
-    hidden = (robust_input(INPUT_DROPOUT=0.3)(x) == 0).float().mean()
-    assert hidden.item() == pytest.approx(0.3, abs=0.01)
-    shift, inner = robust_input(INPUT_SHIFT=1), (..., slice(2, -2), slice(2, -2))
-    moved = [x.roll((i, j), (2, 3))[inner] for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    shifted = [shift(x)[inner] for _ in range(100)]
-    assert {[torch.equal(y, m) for m in moved].index(True) for y in shifted} == set(range(9))
-    everything = robust_input(INPUT_SHIFT=1, INPUT_DROPOUT=0.3).eval()
-    assert torch.equal(everything(x), x)
-
-
-def test_another_order_of_classes_for_each_seed():
-    constants = all_constants(SHUFFLE_CLASSES=True)
-    orders = [Generator.for_seed(constants, seed).CLASS_ORDER for seed in (0, 1, 0)]
-    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(10))
-    assert Generator.for_seed(all_constants(), 1).CLASS_ORDER == tuple(range(10))
-
-
-def test_validation_images_are_never_trained_on():
-    images = Generator.load_digits()
-    order = tuple(range(10))
-    constants = Generator.SimpleNamespace(CLASS_ORDER=order, N_EXPERIENCES=5, VALIDATION_SIZE=300)
-    benchmark = Generator.make_benchmark(images, constants)
-
-    def rows(stream):
-        return [tuple(x.flatten().tolist()) for e in stream for x in e.dataset.tensors[0]]
-
-    train, validation = rows(benchmark.train_stream), rows(benchmark.test_stream)
-    assert len(validation) == 300 and len(train) + 300 == len(images.train[1])
-    assert not set(train) & set(validation)
-    assert set(train) | set(validation) == {tuple(x.flatten().tolist()) for x in images.train[0]}
-
-
-def test_a_validation_set_that_leaves_nothing_to_learn(tmp_path):
-    done = run("Generator.py", *QUICK, "--validation-size", 1435, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "VALIDATION_SIZE" in done.stderr and list(tmp_path.iterdir()) == []
-
-
-def test_the_generator_learns_like_the_solver_unless_told_otherwise():
-    constants = all_constants(DEVICE="cpu", ITERATIONS=300)
-
-    def settings():
-        scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
-        both = scholar, scholar.replay.generator_strategy
-        return [(s.optimizer.defaults["lr"], s.train_mb_size, s.iterations) for s in both]
-
-    constants.LEARNING_RATE, constants.BATCH_SIZE = 0.01, 32
-    assert settings() == [(0.01, 32, 300)] * 2
-    constants.GENERATOR_LEARNING_RATE, constants.GENERATOR_BATCH_SIZE = 0.02, 64
-    constants.GENERATOR_ITERATIONS = 500
-    assert settings() == [(0.01, 32, 300), (0.02, 64, 500)]
-
-
-def test_the_learning_rate_falls_along_a_cosine_and_starts_anew():
-    from avalanche.core import SupervisedPlugin
-
-    class Rates(SupervisedPlugin):
-        def __init__(self):
-            super().__init__()
-            self.seen, self.moments = [], []
-
-        def before_update(self, strategy, **kwargs):
-            self.seen.append(strategy.optimizer.param_groups[0]["lr"])
-            self.moments.append(len(strategy.optimizer.state) > 0)
-
-    constants = all_constants(DEVICE="cpu", ITERATIONS=10, GENERATOR_ITERATIONS=4)
-    scholar = GenerativeReplay.make_scholar((1, 28, 28), constants)
-    rates = Rates(), Rates()
-    scholar.plugins.append(rates[0])
-    scholar.replay.generator_strategy.plugins.append(rates[1])
-    for experience in Generator.make_benchmark(Generator.load_digits(), constants).train_stream[:2]:
-        scholar.train(experience)
-    for spy, count in zip(rates, (10, 4)):
-        cosine = (1 + np.cos(np.pi * np.arange(count) / count)) / 2
-        assert spy.seen == pytest.approx([*constants.LEARNING_RATE * cosine] * 2)
-        assert spy.moments == [False, *[True] * (count - 1)] * 2  # Adam starts anew as well
-
-
-def test_the_stream_brings_the_classes_in_order():
-    order = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
-    constants = Generator.SimpleNamespace(CLASS_ORDER=order, N_EXPERIENCES=5, VALIDATION_SIZE=0)
-    benchmark = Generator.make_benchmark(Generator.load_digits(), constants)
-    for stream in benchmark.train_stream, benchmark.test_stream:
-        classes = [set(e.dataset.tensors[1].tolist()) for e in stream]
-        assert classes == [{3, 1}, {4, 0}, {5, 9}, {2, 6}, {8, 7}]
-
-
-def test_the_digits_are_real_images_in_range():
-    images = Generator.load_digits()
-    (x, y), (test_x, test_y) = images.train, images.test
-    assert x.shape == (1437, 1, 28, 28) and test_x.shape == (360, 1, 28, 28)
-    assert x.min() == 0 and x.max() <= 1 and x.max() > 0.9
-    assert x.dtype == torch.float32 and y.dtype == torch.int64
-    assert sorted(set(test_y.tolist())) == list(range(10))
-    assert torch.equal(x, Generator.load_digits().train[0])
+    words = "--dataset", "digits", "--iterations", 60, "--hidden-units", 200
+    run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
+    final = {name: r["final_accuracy"] for (name, _), r in records(tmp_path / "results").items()}
+    assert final["replay"] > final["naive"] + 0.4
 
 
 def test_forgetting():
@@ -401,23 +198,41 @@ def test_forgetting():
     assert GenerativeReplay.forgetting([[0.9]]) == 0
 
 
-@needs_mnist
-def test_mnist():
-    images = Generator.load_images("mnist", str(mnist_folder()))
-    (x, y), (test_x, _) = images.train, images.test
-    assert x.shape == (60000, 1, 28, 28) and test_x.shape == (10000, 1, 28, 28)
-    assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
-    assert x.mean() == pytest.approx(0.1307, abs=1e-4) and y[:5].tolist() == [5, 0, 4, 1, 9]
+def test_the_stream_brings_the_classes_in_order():
+    order = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
+    benchmark = Generator.make_benchmark(Generator.load_digits(), all_constants(CLASS_ORDER=order))
+    for stream in benchmark.train_stream, benchmark.test_stream:
+        classes = [set(experience.dataset.tensors[1].tolist()) for experience in stream]
+        assert classes == [{3, 1}, {4, 0}, {5, 9}, {2, 6}, {8, 7}]
+    constants = all_constants(CLASS_ORDER=order, SHUFFLE_CLASSES=True)
+    orders = [Generator.seeded(constants, seed).CLASS_ORDER for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(10))
+    assert Generator.seeded(all_constants(CLASS_ORDER=order), 1).CLASS_ORDER == order
+
+
+def test_the_digits_and_validation_images_among_them():
+    images, again = Generator.load_digits(), Generator.load_images(all_constants())
+    (x, y), (test_x, test_y) = images.train, images.test
+    assert x.shape == (1437, 1, 28, 28) and test_x.shape == (360, 1, 28, 28)
+    assert x.min() == 0 and 0.9 < x.max() <= 1 and torch.equal(x, again.train[0])
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    assert test_y.bincount().min() > 30 and len(test_y.bincount()) == 10
+    held_out = Generator.load_images(all_constants(VALIDATION_SIZE=300))
+    parts = x, held_out.train[0], held_out.test[0], test_x
+    rows, train, validation, test = ({tuple(row) for row in p.flatten(1).tolist()} for p in parts)
+    assert len(held_out.test[0]) == 300 and train | validation == rows
+    assert not train & validation and not validation & test
 
 
 @needs_mnist
 def test_two_experiences_of_mnist(tmp_path):
-    arguments = ["--data-dir", mnist_folder().absolute()]
-    done = run(
-        "GenerativeReplay.py", *arguments, "--iterations", 200, "--n-experiences", 2, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(next((tmp_path / "results").glob("*/results.json")).read_text())
-    assert result["constants"]["DATASET"] == "mnist"  # which "auto" has found
-    assert result["dataset"] == "mnist" and result["notice"] == ""
-    assert result["final_accuracy"] > 0.6 and result["accuracy_matrix"][1][0] > 0.2
+    images = Generator.load_images(all_constants(DATASET="auto", DATA_DIR=str(DATA_DIR)))
+    (x, y), (test_x, _) = images.train, images.test
+    assert x.shape == (60000, 1, 28, 28) and test_x.shape == (10000, 1, 28, 28)
+    assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1 and images.notice == ""
+    assert x.mean() == pytest.approx(0.1307, abs=1e-4) and y[:5].tolist() == [5, 0, 4, 1, 9]
+    words = "--iterations", 100, "--n-experiences", 2, "--mixture-components", 1
+    run("GenerativeReplay.py", "--data-dir", DATA_DIR, *words, cwd=tmp_path)
+    record = records(tmp_path / "results")["replay", 0]
+    assert record["dataset"] == record["constants"]["DATASET"] == "mnist"  # found by "auto"
+    assert record["final_accuracy"] > 0.6 and record["accuracy_matrix"][1][0] > 0.2
