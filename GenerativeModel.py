@@ -20,6 +20,7 @@ from torch.nn import functional as F
 class GenerativeModel(nn.Module, ABC):
     """Define the contract of a generator: generate images of everything learned so far.
 
+    To be trained by `GeneratorTraining` it also needs `forward(images, labels)`.
     Replay calls `generate` on a frozen deep copy. All that has to survive from one experience to
     the next therefore lives in parameters and buffers, and no training image may be kept.
     A class-conditional generator also says which classes it can be asked for.
@@ -251,8 +252,8 @@ class ClassConditionalGMM(nn.Module):
         :return: latents, shape (count, latent_size).
         """
         if y is None:
-            share = self.fitted.float() + ~self.fitted.any()  # all, as long as none is fitted
-            y = Categorical(share, validate_args=False).sample((count,))
+            share = self.fitted if self.fitted.any() else torch.ones_like(self.fitted)
+            y = Categorical(share.float(), validate_args=False).sample((count,))
         component = Categorical(self.weights[y], validate_args=False).sample()
         mean, scale = self.means[y, component], self.scales[y, component]
         return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()

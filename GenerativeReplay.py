@@ -27,7 +27,7 @@ Strategy = Literal["replay", "naive", "joint", "er"]
 # ITERATIONS, GENERATOR, ...) stand at the top of Generator.py and are options here too.
 STRATEGIES: Distinct[Strategy] = ("replay",)  # naive: fine-tuning; joint: all data; er: stored data
 REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: as many as real
-INCREASING_REPLAY_SIZE: bool = False  # double that number at each further experience
+INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience after the second
 RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
@@ -217,14 +217,13 @@ def make_solver(benchmark, constants: BaseModel):
 
     from TrainingInstances import TrainOnly
 
-    (shape, n_classes, normalize), units = (
-        Generator.properties(benchmark, constants), constants.HIDDEN_UNITS
-    )  # fmt: skip
+    shape, n_classes, normalize = Generator.properties(benchmark, constants)
+    units = constants.HIDDEN_UNITS
     return nn.Sequential(
-        # Generated images are a little blurred and a little too typical. Without the next two the
-        # solver learns that blurred means old, and takes sharp test images for the newest classes.
-        # A shift is that of a whole minibatch, real and replayed.
         normalize,
+        # Generated images are a little blurred and a little too typical. Without shift and dropout
+        # the solver learns that blurred means old, and takes sharp test images for the newest
+        # classes. All images of a minibatch, real and replayed, get the same shift.
         TrainOnly(v2.RandomCrop(shape[1:], constants.INPUT_SHIFT, padding_mode="edge")),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
@@ -312,7 +311,7 @@ def losses(scholar) -> dict:
     from TrainingInstances import LossRecorder
 
     plugins = list(scholar.plugins)
-    if scholar.replay:  # the strategy of a user's own generator may have no plugins
+    if scholar.replay:  # that of a user's generator may have no plugins
         plugins += getattr(scholar.replay.generator_strategy, "plugins", [])
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
     return {recorder.name: torch.stack(recorder.losses).numpy() for recorder in recorders}

@@ -88,7 +88,7 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
 
     It is trained with the solver's optimizer, batch size, learning rate and iterations unless
     another choice suits it better or the GENERATOR_... constants say so. For a generator of your
-    own, add a branch here and its name to GENERATOR.
+    design, add a branch here and its name to GENERATOR.
 
     :param benchmark: from `make_benchmark`.
     :param replay: replay_size, increasing_replay_size, ratio; see `DeepGenerativeReplayPlugin`.
@@ -117,8 +117,8 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
         loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
         strategy = partial(VAETraining, criterion=loss)
     else:
-        # The iterations are the critic's: five times as many, for as many of the generator. The
-        # authors' code for MNIST has the same betas, a thirtieth of the rate, 100 times as many.
+        # The iterations are steps of the critic; every fifth is followed by one of the generator.
+        # Betas as in Gulrajani et al.'s code for MNIST, which takes more and smaller steps.
         model, strategy = WGAN(shape, units, latent_size or 32), WGANTraining
         learning_rate, iterations, betas = 0.003, 5 * iterations, (0.5, 0.9)
     arguments = training_arguments(
@@ -272,20 +272,21 @@ def load_images(constants: BaseModel) -> Images:
 
     "auto" is MNIST, and where it can't be had scikit-learn's digits, with a notice.
 
-    :raises UserError: if a data set that was asked for by name can't be had, or is damaged.
+    :raises UserError: if a data set is damaged, or isn't one.
+    :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
     from sklearn.model_selection import train_test_split
 
     name, size = constants.DATASET, constants.VALIDATION_SIZE
-    published = {"auto": "MNIST", "mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
+    published = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
     if name == "digits":
         images = load_digits()
     elif name in published:
+        images = load_published(published[name], constants.DATA_DIR)._replace(name=name)
+    elif name == "auto":
         try:
-            images = load_published(published[name], constants.DATA_DIR)
+            images = load_published("MNIST", constants.DATA_DIR)._replace(name="mnist")
         except ConnectionError as error:
-            if name != "auto":
-                raise
             images = load_digits()._replace(notice="scikit-learn's 8x8 digits, NOT MNIST")
             text = f"{error}. This run uses {images.notice}."
             print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
@@ -331,7 +332,7 @@ def load_published(name: str, data_dir: str) -> Images:
         raise ConnectionError(text + f"folder of {name}, or DATASET to 'digits'") from error
     pairs = ((part.data.unsqueeze(1).float() / 255, part.targets.long()) for part in (train, test))
     classes = [name.split(" - ")[0] for name in train.classes]  # of "0 - zero" the digit is enough
-    return Images(name.lower().removesuffix("mnist") or "mnist", *pairs, classes)
+    return Images(name, *pairs, classes)
 
 
 def load_digits() -> Images:
@@ -377,12 +378,11 @@ def load_folder(folder: Path, size: int | None) -> Images:
     train, test = (ImageFolder(folder / part, transform) for part in ("train", "test"))
     if different := set(train.classes) ^ set(test.classes):
         raise UserError(f"{folder}: class {min(different)!r} is in only one of train/ and test/")
-    parts = []
-    for data in (train, test):
-        images = [image for image, _ in data]
-        if len({image.shape for image in images}) > 1:
-            raise UserError(f"{data.root} has images of several sizes; set IMAGE_SIZE to one")
-        parts.append((torch.stack(images), torch.tensor(data.targets)))
+    images = [[image for image, _ in data] for data in (train, test)]
+    if len({image.shape for part in images for image in part}) > 1:
+        raise UserError(f"{folder} has images of several sizes; set IMAGE_SIZE to one for all")
+    labels = (torch.tensor(data.targets) for data in (train, test))
+    parts = list(zip(map(torch.stack, images), labels))
     if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
         parts = [(x[:, :1].contiguous(), y) for x, y in parts]
     digest = joblib.hash([x.numpy() for x, _ in parts])[:8]
@@ -544,7 +544,7 @@ def choose_device(name: str) -> str:
 
 
 def seeded(constants: BaseModel, seed: int) -> BaseModel:
-    """Seed torch, and return the constants of this run, with a class order of its own if wanted."""
+    """Seed torch, and return the constants of this run: with a shuffled class order if wanted."""
     import torch
 
     torch.manual_seed(seed)

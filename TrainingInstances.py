@@ -28,25 +28,21 @@ from torch.utils.data import (
 # Avalanche warns at import of two solvers that are only needed for GEM.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
 warnings.filterwarnings("ignore", message="No loggers specified")
-from avalanche.benchmarks import (  # noqa: E402
-    CLScenario,
-    benchmark_from_datasets,
-    with_classes_timeline,
-)
-from avalanche.benchmarks.scenarios.task_aware import with_task_labels  # noqa: E402
-from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels  # noqa: E402
-from avalanche.benchmarks.utils.classification_dataset import (  # noqa: E402
+from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks.scenarios.task_aware import with_task_labels
+from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
+from avalanche.benchmarks.utils.classification_dataset import (
     TaskAwareSupervisedClassificationDataset,
 )
-from avalanche.training.plugins import (  # noqa: E402
+from avalanche.training.plugins import (
     EvaluationPlugin,
     GenerativeReplayPlugin,
     LRSchedulerPlugin,
     SupervisedPlugin,
 )
-from avalanche.training.templates import SupervisedTemplate  # noqa: E402
+from avalanche.training.templates import SupervisedTemplate
 
-from GenerativeModel import GenerativeModel, critic_loss, negative_elbo  # noqa: E402
+from GenerativeModel import GenerativeModel, critic_loss, negative_elbo
 
 # ------------------------------------------------------------------------------------------------
 # Replay
@@ -68,7 +64,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     Before an experience, solver and generator are copied and frozen. In each iteration the old
     generator generates images, the old solver labels them with the classes seen so far, and they
     are concatenated to the current minibatch (Shin et al. 2017, arXiv 1705.08690, section 3.1).
-    After the solver's experience the generator is trained on it, by a strategy of its own.
+    After the solver's experience the generator's strategy trains the generator on it.
 
     Avalanche's `GenerativeReplayPlugin` is the base. It differs from the paper, and from this
     class, in that it
@@ -77,8 +73,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     - lets the old solver choose among all classes, and turns labels and task labels into floats;
     - has no ratio r: how much the past matters depends on the number of replayed samples;
     - grows linearly instead of doubling, and not at all if `replay_size` is set;
-    - counts replayed samples in the training metrics;
-    - finds the plugin by its exact type: with a subclass its generator would never be trained.
+    - counts replayed samples in the training accuracy;
+    - has its generator trained by another plugin, which looks for exactly this type: that of a
+      subclass would never be trained.
 
     :param generator_strategy: strategy that trains the generator: it has a `GenerativeModel` as
         `model`, and `train(experience)`. None: the model that is trained is itself the generator.
@@ -105,7 +102,10 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         temperature: float | None = None,
         replay_labels: str = "solver",
     ):
-        super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
+        super().__init__(
+            generator_strategy, untrained_solver=True,
+            replay_size=replay_size, increasing_replay_size=increasing_replay_size,
+        )  # fmt: skip
         self.model_is_generator = generator_strategy is None
         self.fixed_ratio, self.temperature, self.replay_labels = ratio, temperature, replay_labels
         if generator_strategy is not None:
@@ -115,7 +115,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             if replay_labels == "generator" and model.learned_classes() is None:
                 raise TypeError(f"{type(model).__name__} is unconditional: let the solver label")
         if replay_labels == "generator" and temperature is not None:
-            raise ValueError("a generator's labels are hard: set the temperature to None")
+            raise ValueError("a generator's labels are hard: set TEMPERATURE to none")
+        if replay_labels not in ("solver", "generator"):
+            raise ValueError(f"replay_labels is {replay_labels!r}, not 'solver' or 'generator'")
         self.old_generator = self.old_model = None
         self.experiences_learned = 0
         self.seen_classes: list[int] = []
@@ -175,7 +177,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         return Samples(x, logits.argmax(1), targets)
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
-        """Take the replayed samples out again, so that training metrics count real ones only."""
+        """Take the replayed samples out again, so that training accuracy is of real ones only."""
         if self.replayed is None:
             return
         real = slice(len(strategy.mb_x) - len(self.replayed.x))
@@ -198,28 +200,24 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def state_dict(self) -> dict:
         """Collect what survives from one experience to the next, the generator included."""
-        state = {
-            "experiences_learned": self.experiences_learned, "seen_classes": self.seen_classes
-        }  # fmt: skip
+        state = {"experiences": self.experiences_learned, "classes": self.seen_classes}
         return state if self.model_is_generator else state | {"generator": self._saved.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was called."""
         if not self.model_is_generator:
             self._saved.load_state_dict(state["generator"])
-        self.experiences_learned, self.seen_classes = (
-            state["experiences_learned"], state["seen_classes"]
-        )  # fmt: skip
+        self.experiences_learned, self.seen_classes = state["experiences"], state["classes"]
         self.untrained_solver = self.experiences_learned == 0
 
     @property
     def _saved(self) -> SupervisedTemplate | GenerativeModel:
-        strategy = self.generator_strategy  # one of the user's own may keep everything in its model
+        strategy = self.generator_strategy  # that of a user may have no state beside its model
         return strategy if hasattr(strategy, "state_dict") else strategy.model
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
-    """Replay for class-conditional VAEs: align the new decoder with the old one.
+    """Replay for class-conditional VAEs: align the new decoder with the old, and fit the density.
 
     A generator that learns its own samples like any other image copies them through its noise, and
     blurs a little more each time. Here the old latents are kept (their density changes only if a
@@ -232,7 +230,7 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
         """Generate unlabelled images together with what they are decoded from."""
         decoder_input = generator.sample_decoder_input(amount)
         x = torch.sigmoid(generator.decode(decoder_input))
-        y = torch.zeros(amount, dtype=torch.int64)  # unused: the decoder's input knows the class
+        y = torch.zeros(amount, dtype=torch.int64)  # unused: nothing here depends on labels
         return Samples(x, y, decoder_input=decoder_input)
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
@@ -342,7 +340,7 @@ class ReplayTemplate(SupervisedTemplate):
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was called, in a strategy that was built in the same way."""
         self.model.to(self.device)
-        self.make_optimizer(reset_optimizer_state=True)  # or the next train() does, and forgets
+        self.make_optimizer(reset_optimizer_state=True)  # else the next train() resets the state
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.clock).update(state["clock"])
@@ -359,8 +357,8 @@ class JointTraining(ReplayTemplate):
     def train_dataset_adaptation(self, **kwargs):
         """Join the data of the experience and of all before it."""
         so_far = self.experience.origin_stream[: self.experience.current_experience + 1]
-        tensors = map(torch.cat, zip(*(experience.dataset.tensors for experience in so_far)))
-        self.adapted_dataset = in_memory_dataset(*list(tensors)[:2])
+        x, y, _ = map(torch.cat, zip(*(experience.dataset.tensors for experience in so_far)))
+        self.adapted_dataset = in_memory_dataset(x, y)
 
 
 class GenerativeReplay(ReplayTemplate):
@@ -410,9 +408,8 @@ class GeneratorTraining(ReplayTemplate):
     ):
         labels = "solver" if model.learned_classes() is None else "generator"
         replay = plugin(None, replay_size, increasing_replay_size, ratio, replay_labels=labels)
-        evaluator = evaluator or EvaluationOnly()
-        base_kwargs |= {"model": model, "criterion": criterion, "evaluator": evaluator}
-        super().__init__(replay=replay, **base_kwargs)
+        base_kwargs |= {"model": model, "criterion": criterion, "replay": replay}
+        super().__init__(evaluator=evaluator or EvaluationOnly(), **base_kwargs)
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Compute the output of the model for images and their labels."""
@@ -431,7 +428,7 @@ class VAETraining(GeneratorTraining):
 
     def __init__(self, *, model: GenerativeModel, criterion: Callable = negative_elbo, **kwargs):
         if model.learned_classes() is not None:
-            kwargs["plugin"] = ReplayAlignmentPlugin
+            kwargs.setdefault("plugin", ReplayAlignmentPlugin)
         super().__init__(model=model, criterion=criterion, **kwargs)
 
     def forward(self) -> tuple[Tensor, ...]:
