@@ -1,0 +1,120 @@
+"""Data of one's own and other streams: folders of images, domain-incremental, permuted."""
+
+import json
+
+import pytest
+import torch
+from conftest import all_constants, run
+from PIL import Image
+
+import Generator
+
+
+def make_folder(folder, classes=7, mode="RGB", size=(14, 20), train=12):
+    """Make a folder of images in which the class is a bright band, in one of three colours."""
+    for part, count in ("train", train), ("test", 4):
+        for label in range(classes):
+            path = folder / part / f"class {label}"
+            path.mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", size, (number, number, number))
+                colour = tuple(200 * (channel == label % 3) for channel in range(3))
+                image.paste(colour, (0, 2 * label, size[0], 2 * label + 3))
+                image.convert(mode).save(path / f"{number}.png")
+    return folder
+
+
+def test_a_folder_in_colour_from_end_to_end(tmp_path):
+    make_folder(tmp_path / "shapes")
+    words = "--dataset", "shapes", "--n-experiences", 3, "--iterations", 20, "--batch-size", 8
+    done = run("GenerativeReplay.py", *words, "--hidden-units", 30, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (file,) = (tmp_path / "results").glob("shapes-*-replay-*/results.json")
+    record = json.loads(file.read_text())
+    assert record["experiences"][0] == "class 0 class 1 class 2"
+    assert record["experiences"][2] == "class 5 class 6" and len(record["classes"]) == 7
+    assert torch.tensor(record["confusion_matrix"]).sum(1).tolist() == [4] * 7
+    assert (tmp_path / "results" / "figures" / "samples-replay.png").exists()
+    (tmp_path / "shapes/train/class 3/1.png").write_bytes(b"other")  # another data set
+    broken = run("GenerativeReplay.py", *words, cwd=tmp_path)
+    assert broken.returncode == 2 and broken.stderr.count("\n") == 1 and "1.png" in broken.stderr
+
+
+def test_grey_images_have_one_channel_and_any_size(tmp_path):
+    folder = make_folder(tmp_path / "grey", classes=2, mode="L")
+    images = Generator.load_images(all_constants(DATASET=str(folder)))
+    assert images.train[0].shape == (24, 1, 20, 14) and images.classes == ["class 0", "class 1"]
+    assert images.train[0].dtype == torch.float32 and 0.1 < images.train[0].max() <= 1
+    resized = Generator.load_images(all_constants(DATASET=str(folder), IMAGE_SIZE=9))
+    assert resized.test[0].shape == (8, 1, 9, 9) and resized.name != images.name
+
+
+def spoil(folder, how):
+    if how == "no test":
+        (folder / "test").rename(folder / "tests")
+    elif how == "class in one":
+        (folder / "test" / "class 1").rename(folder / "test" / "class 9")
+    elif how == "sizes":
+        Image.new("RGB", (5, 5)).save(folder / "test" / "class 1" / "0.png")
+    elif how == "empty class":
+        for file in (folder / "train" / "class 1").iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "complaint"),
+    [
+        ("no test", "", "test is missing"),
+        ("class in one", "", "class 'class 1' is in only one of train/ and test/"),
+        ("sizes", "", "images of several sizes; set IMAGE_SIZE"),
+        ("empty class", "", "class 1"),
+        ("", "--n-experiences 4", "N_EXPERIENCES is 4, but there are only 3 classes"),
+        ("", "--class-order 0 1 3", "CLASS_ORDER is (0, 1, 3), but has to hold"),
+    ],
+)
+def test_a_bad_folder_gets_one_line(how, words, complaint, tmp_path):
+    spoil(make_folder(tmp_path / "images", classes=3, train=3), how)
+    done = run("GenerativeReplay.py", "--dataset", "images", *words.split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and complaint in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_single_class_is_refused(tmp_path):
+    make_folder(tmp_path / "images", classes=1)
+    done = run("GenerativeReplay.py", "--dataset", "images", cwd=tmp_path)
+    assert done.returncode == 2 and "single class, 'class 0'" in done.stderr
+
+
+def test_the_stream_brings_the_classes_in_order_and_any_number_of_experiences():
+    images = Generator.load_digits()
+    order = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
+    constants = all_constants(CLASS_ORDER=order, N_EXPERIENCES=3)
+    benchmark = Generator.make_benchmark(images, constants)
+    for stream in benchmark.train_stream, benchmark.test_stream:
+        groups = [set(experience.dataset.tensors[1].tolist()) for experience in stream]
+        assert groups == [{3, 1, 4, 0}, {5, 9, 2}, {6, 8, 7}]
+    assert Generator.stream_names(images, constants)[0] == ["3 1 4 0", "5 9 2", "6 8 7"]
+
+
+def test_domain_incremental_labels_are_places_in_the_experience():
+    images = Generator.load_digits()
+    constants = all_constants(SCENARIO="domain", CLASS_ORDER=(1, 0, 2, 3, 4, 5, 7, 6, 8, 9))
+    benchmark = Generator.make_benchmark(images, constants)
+    (x, y, _), (whole, labels) = benchmark.test_stream[0].dataset.tensors, images.test
+    assert torch.equal(x[y == 0], whole[labels == 1]) and torch.equal(x[y == 1], whole[labels == 0])
+    assert Generator.properties(benchmark, constants)[1] == 2
+
+
+def test_permuted_experiences_are_the_same_images_in_another_order_of_pixels():
+    images = Generator.load_digits()
+    torch.manual_seed(0)
+    constants = all_constants(SCENARIO="permuted", N_EXPERIENCES=3)
+    benchmark = Generator.make_benchmark(images, constants)
+    parts = [experience.dataset.tensors for experience in benchmark.train_stream]
+    assert torch.equal(parts[0][0], images.train[0])
+    for x, y, _ in parts[1:]:
+        assert torch.equal(y, images.train[1]) and not torch.equal(x, parts[0][0])
+        assert torch.equal(x.flatten(1).sort(1).values, parts[0][0].flatten(1).sort(1).values)
+    test = benchmark.test_stream[1].dataset.tensors[0]
+    place = (parts[1][0] == parts[0][0][:, :1, 14:15, 14:15]).flatten(1).all(0).nonzero()[0]
+    assert torch.equal(test.flatten(1)[:, place[0]], images.test[0][:, 0, 14, 14])
