@@ -72,11 +72,13 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def title(what: str, runs: list[dict]) -> str:
     """Compose the title of a figure: what it shows, of which runs, and their notice."""
-    seeds = sorted({run["seed"] for run in runs})
+    groups = results.by_name(runs)
     parts = ["/".join(sorted({run["dataset"] for run in runs}))]
-    if len(names := results.by_name(runs)) == 1:
-        parts += names
-    parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+    if len(groups) == 1:
+        parts += groups
+    counts = sorted({len(group) for group in groups.values()})
+    seeds = " to ".join(map(str, counts)) + " seeds"
+    parts.append(seeds if counts[-1] > 1 else f"seed {runs[0]['seed']}")
     if any(run["constants"]["VALIDATION_SIZE"] for run in runs):
         parts.append("validation images")
     return "\n".join([f"{what} ({', '.join(parts)})", *sorted({r["notice"] for r in runs} - {""})])
