@@ -109,7 +109,6 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Image
     :param images: the data set, without its tensors.
     :return: the record, with the `folder` it lies in.
     """
-    import numpy as np
     import torch
 
     title, folder = f"{name}, seed {seed}", results.run_folder(constants, images, strategy, seed)
@@ -148,12 +147,9 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Image
         record |= {"final_accuracy": mean(matrix[-1]), "forgetting": forgetting(matrix)}
         record["confusion_matrix"] = confusions(scholar, benchmark.test_stream)
         if samples:
-            with results.atomic(folder / "samples.npz") as path:
-                np.savez_compressed(path, samples=torch.stack(samples).numpy())
-        with results.atomic(folder / "losses.npz") as path:
-            np.savez_compressed(path, **losses(scholar))
-        with results.atomic(folder / "results.json") as path:  # last: the run is finished
-            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            results.save_arrays(folder / "samples.npz", samples=torch.stack(samples).numpy())
+        results.save_arrays(folder / "losses.npz", **losses(scholar))
+        results.save_record(folder / "results.json", record)  # last: the run is finished
     return record | {"folder": folder}
 
 

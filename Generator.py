@@ -52,7 +52,7 @@ DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; aut
 DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
 IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
-SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; pixels in another order
+SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; or pixels permuted
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
@@ -218,10 +218,8 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
 
             kinds = (torch.stack(kind).numpy() for kind in zip(*pictures))
             arrays = dict(zip(("samples", "reconstructions"), kinds))
-            with results.atomic(folder / "samples.npz") as path:
-                np.savez_compressed(path, originals=originals.cpu().numpy(), **arrays)
-            with results.atomic(folder / "generator.json") as path:  # last: the run is finished
-                path.write_text(json.dumps(record, indent=1))
+            results.save_arrays(folder / "samples.npz", originals=originals.cpu().numpy(), **arrays)
+            results.save_record(folder / "generator.json", record)  # last: the run is finished
     record = json.loads((folder / "generator.json").read_text())
     with np.load(folder / "samples.npz") as arrays:
         draw.save(draw.generator(record, arrays), folder / "generator.png")

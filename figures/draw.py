@@ -5,7 +5,6 @@ matplotlib figure. One visual language: images dark on light as on paper, one ro
 titles that name data set, strategy and seeds.
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -47,8 +46,7 @@ def summarize(runs: list[dict], folder: Path) -> None:
     print("\n" + results.table(runs))
     for text in {run["notice"] for run in runs} - {""}:
         print(f"These are numbers of {text}.")
-    with results.atomic(folder / "summary.json") as path:
-        path.write_text(json.dumps(results.statistics(runs), indent=1), encoding="utf-8")
+    results.save_record(folder / "summary.json", results.statistics(runs))
     with results.atomic(folder / "metrics.csv") as path:
         path.write_text(results.tidy(runs), encoding="utf-8")
     save(accuracy_so_far(runs), folder / "figures" / "accuracy.png")

@@ -5,6 +5,7 @@ from and, once it is finished, its record `results.json`.
 """
 
 import csv
+import json
 import math
 import os
 import platform
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import BytesIO, StringIO
-from json import loads
 from pathlib import Path
 from statistics import mean, stdev
 
 import joblib
+import numpy as np
 from filelock import FileLock, Timeout
 
 SCRIPTS = sorted(Path(__file__).parent.parent.glob("*.py"))
@@ -90,6 +91,18 @@ def atomic(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} can't be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_record(path: Path, record: dict) -> None:
+    """Save a record as JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Save arrays by name, compressed."""
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
 
 
 def save_state(folder: Path, strategy, generator, **progress) -> None:
@@ -175,7 +188,7 @@ def read_runs(folder: Path) -> list[dict]:
     runs = []
     for path in {file.parent.name: file for file in files}.values():
         try:
-            runs.append(loads(path.read_text(encoding="utf-8")) | {"folder": path.parent})
+            runs.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent})
         except ValueError as error:
             raise UserError(f"{path} can't be read ({error}); move it away") from error
     if not runs:
