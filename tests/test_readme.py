@@ -62,7 +62,7 @@ REPLACED = r" --(seeds|n-jobs|iterations|results-dir|validation-size|dataset)( (
 KINDS = {
     re.sub(REPLACED, "", command)
     for command in COMMANDS
-    if not re.search(r"--help|--scheduler|figures\.(draw|saved|schematics)", command)
+    if not re.search(r"--help|--scheduler|figures\.(draw|saved|schematics)|tests/", command)
 }
 
 
