@@ -63,7 +63,7 @@ BAD_COMMAND_LINES = [
     ("--results-dir file", "RESULTS_DIR.*'file'"),
     ("--load nowhere", "--load is unknown"),
     ("--scheduler localhost", ".*(SCHEDULER|scheduler)"),
-    ("--replay-labels generator", ".*labels are hard: set the temperature to None"),
+    ("--replay-labels generator", ".*labels are hard: set TEMPERATURE to none"),
     ("--replay-labels generator --temperature none --generator wgan-gp", ".*is unconditional"),
     ("--replay-labels generator --temperature none --mixture-components 0", ".*is unconditional"),
 ]

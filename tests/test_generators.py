@@ -95,7 +95,7 @@ def test_a_generator_labels_what_it_generates_each_class_equally_often():
     x, y, *_ = replay.sample(2000, grey, solver=None)
     torch.testing.assert_close(x[:, 0, 0, 0], (y + 1) / 10)
     assert y.bincount().tolist() == pytest.approx([0, 1000, 0, 1000], abs=100)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="TEMPERATURE"):
         DeepGenerativeReplayPlugin(untrained(grey), temperature=2.0, replay_labels="generator")
 
 

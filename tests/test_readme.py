@@ -54,7 +54,7 @@ def test_constants_and_options_that_are_named_exist():
     named = set(re.findall(r"--[a-z][a-z-]+", "\n".join(COMMANDS)))
     assert named <= options and len(named) > 10
     for name in re.findall(r"`([A-Z][A-Z_]+)(?: = [^`]+)?`", TEXT + NOTES):
-        assert name in fields, name
+        assert name in fields or name in ("VAE", "OMP_NUM_THREADS"), name
 
 
 # Options that the test below replaces; what differs in nothing else is run once.
