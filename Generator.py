@@ -476,7 +476,7 @@ def read_constants(*scripts: ModuleType) -> BaseModel:
         allow_abbrev=False,
     )
     for option, name in options.items():
-        text = f"{comments[name]} ({fields[name][1]})".replace("%", "%%")
+        text = f"{comments.get(name, '')} ({fields[name][1]})".replace("%", "%%")
         parser.add_argument(option, dest=name, nargs="*", metavar="", help=text)
     given, unknown = parser.parse_known_args()
     if unknown:
