@@ -14,10 +14,18 @@ from figures import draw, results
 
 
 def main() -> None:
-    """Draw saved_generator.png into the folder of a run of either script."""
-    folder = Path(sys.argv.pop()) if len(sys.argv) == 2 else Path()
+    """Draw saved_generator.png into each folder of a run that the command line names."""
+    folders, sys.argv[1:] = sys.argv[1:], []
+    for folder in map(Path, folders):
+        show_saved_generator(folder)
+    if not folders:
+        raise results.UserError("name the folder of a run, with a state.pt in it")
+
+
+def show_saved_generator(folder: Path) -> None:
+    """Draw samples, reconstructions and walks of the generator in the folder of a run."""
     if not (folder / "state.pt").is_file():
-        raise results.UserError("name one folder of a run, with a state.pt in it")
+        raise results.UserError(f"{str(folder)!r} is no folder of a run: it has no state.pt")
     state = results.read_state(folder / "state.pt")
     if state["generator"] is None:
         raise results.UserError(f"{str(folder)!r} is a run without generator; name one of replay")

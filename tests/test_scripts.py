@@ -143,7 +143,7 @@ def test_a_folder_is_shown_or_it_is_said_why_not(copied):
     (naive / "results.json").write_text("{")
     for words, expected in [
         (["figures.saved_generator", naive], "a run without generator"),
-        (["figures.saved_generator", "nowhere"], "name one folder of a run"),
+        (["figures.saved_generator", "nowhere"], "is no folder of a run"),
         (["figures.draw", "results"], "results.json can't be read"),
         (["figures.draw", "results/figures"], "no results.json in or below 'results/figures'"),
         (["figures.draw"], "python -m figures.draw results"),
