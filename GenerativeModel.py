@@ -143,18 +143,18 @@ class VAE(GenerativeModel):
 
     def learned_classes(self) -> Tensor | None:
         """Return the classes to which the density has been fitted; None: there is no density."""
-        return None if self.density is None else self.density.fitted.nonzero().flatten()
+        return None if self.density is None else self.density.labels.unique()
 
     @torch.no_grad()
     def sample_decoder_input(self, count: int, condition: Tensor | None = None) -> Tensor:
-        """Sample z from the density, or from the prior N(0, I) if there is none.
+        """Sample z from the density, or from the prior N(0, I) as long as nothing is fitted.
 
         :param condition: class labels (int64), shape (count,); None: any learned class.
         :return: inputs of the decoder, shape (count, latent_size).
-        :raises ValueError: if a condition is given to a VAE without density.
+        :raises ValueError: if a condition is given, but no density is fitted.
         """
-        if self.density is not None:
-            return self.density.sample(count, condition)
+        if self.density is not None and len(self.density.labels):
+            return self.density.sample(self.sample_labels(count) if condition is None else condition)
         if condition is not None:
             raise ValueError("a VAE without density is unconditional: leave condition at None")
         return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
@@ -198,64 +198,64 @@ class ClassConditionalGMM(nn.Module):
     decoder has learned nothing, and some classes come far too rarely. A density fitted to the
     encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
     1903.12436, section 4). Ours is per class, so that all classes are replayed equally often.
+    A class that returns in a later experience adds a mixture to those that it has, and each of them
+    is sampled equally often: nothing fades. `bytes_per_mixture` says how the memory grows.
 
-    :param classes: number of classes in the whole stream.
-    :param components: Gaussians for each class.
+    :param components: Gaussians in a mixture.
     :param latent_size: dimensions of the latent variable.
     """
 
-    def __init__(self, classes: int, components: int, latent_size: int):
+    def __init__(self, components: int, latent_size: int):
         super().__init__()
-        self.register_buffer("fitted", torch.zeros(classes, dtype=torch.bool))
-        # Until a class is fitted, its density is the prior itself.
-        self.register_buffer("weights", torch.eye(components)[:1].repeat(classes, 1))
-        self.register_buffer("means", torch.zeros(classes, components, latent_size))
-        identity = torch.eye(latent_size).repeat(classes, components, 1, 1)
-        self.register_buffer("scales", identity)  # Cholesky factors of the covariances
+        self.components = components
+        self.bytes_per_mixture = 4 * components * (latent_size**2 + latent_size + 3)
+        # A row for each Gaussian of all mixtures, of all classes.
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("weights", torch.zeros(0))  # those of a mixture add up to 1
+        self.register_buffer("means", torch.zeros(0, latent_size))
+        self.register_buffer("scales", torch.zeros(0, latent_size, latent_size))  # Cholesky factors
+        self.register_load_state_dict_pre_hook(self.resize)
+
+    @staticmethod
+    def resize(density: "ClassConditionalGMM", state: dict, prefix: str, *args) -> None:
+        """Make room for as many Gaussians as a saved state has."""
+        for name, old in density.named_buffers():
+            setattr(density, name, old.new_empty(state[prefix + name].shape))
 
     def fit(self, z: Tensor, y: Tensor) -> None:
-        """Fit the mixtures of the classes in y by expectation maximisation; the others stay.
+        """Fit a mixture to each class in y by expectation maximisation, beside those there are.
 
-        A class that returns is fitted to what it was and what it is now, with at least half of the
-        encodings sampled from what it was. A small class gets fewer components, so that there are a
-        hundred encodings for each on average; a class of one image gets none and isn't sampled.
+        A small class gets fewer components, so that there are a hundred encodings for each on
+        average; a class of one image gets none and isn't sampled.
 
         :param z: encodings, shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
         """
-        for label in y.unique().tolist():
-            encodings = z[y == label]
-            if self.fitted[label]:
-                count = max(len(encodings), 100 * self.weights.shape[1])
-                old = self.sample(count, torch.full((count,), label, device=z.device))
-                encodings = torch.cat([encodings, old])
+        for label in y.unique():
+            encodings = z[y == label].cpu().double().numpy()
             if len(encodings) < 2:
                 continue
-            count = min(self.weights.shape[1], max(1, len(encodings) // 100))
+            count = min(self.components, max(1, len(encodings) // 100))
             seed = int(torch.randint(2**31, ()))
             mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
             # Fifty steps are enough, converged or not, and the threads of numpy and torch get into
             # each other's way.
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
-                mixture.fit(encodings.cpu().double().numpy())
-            self.fitted[label] = True
-            self.weights[label] = 0
-            self.weights[label, :count] = torch.tensor(mixture.weights_)
-            self.means[label, :count] = torch.tensor(mixture.means_)
-            covariances = torch.tensor(mixture.covariances_)
-            self.scales[label, :count] = torch.linalg.cholesky(covariances).to(self.scales)
+                mixture.fit(encodings)
+            scales = torch.linalg.cholesky(torch.tensor(mixture.covariances_))
+            new = [label.expand(count), mixture.weights_, mixture.means_, scales]
+            for (name, old), rows in zip(list(self.named_buffers()), new, strict=True):
+                setattr(self, name, torch.cat([old, torch.as_tensor(rows).to(old)]))
 
-    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
-        """Sample latents of given classes, or of all fitted ones equally often.
+    def sample(self, y: Tensor) -> Tensor:
+        """Sample latents of given classes.
 
-        :param y: class labels (int64), shape (count,), or None.
-        :return: latents, shape (count, latent_size).
+        :param y: class labels (int64), shape (n,).
+        :return: latents, shape (n, latent_size).
         """
-        if y is None:
-            share = self.fitted if self.fitted.any() else torch.ones_like(self.fitted)
-            y = Categorical(share.float(), validate_args=False).sample((count,))
-        component = Categorical(self.weights[y], validate_args=False).sample()
-        mean, scale = self.means[y, component], self.scales[y, component]
+        weights = self.weights * (self.labels == y[:, None])
+        component = Categorical(weights, validate_args=False).sample()
+        mean, scale = self.means[component], self.scales[component]
         return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
 
 

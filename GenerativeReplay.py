@@ -31,7 +31,7 @@ INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience af
 RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
-INPUT_SHIFT: NonNegativeInt = 1  # pixels by which training images of the solver move at random
+INPUT_SHIFT: NonNegativeInt = 1  # pixels that the solver's training images move by; permuted: 0
 INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
@@ -191,9 +191,13 @@ def make_scholar(
     }
     generator_strategy = Generator.make_generator_strategy(benchmark, constants, **replay)
     if strategy == "er":
-        # As many images as fit into the generator's bytes, with one byte for a pixel.
-        state = generator_strategy.model.state_dict().values()
-        size = sum(part.numel() * part.element_size() for part in state)
+        # As many images as fit into the bytes of the generator, with its mixtures of the whole
+        # stream, if a pixel takes one byte.
+        generator = generator_strategy.model
+        size = sum(part.numel() * part.element_size() for part in generator.state_dict().values())
+        if getattr(generator, "density", None):
+            mixtures = sum(len(e.classes_in_this_experience) for e in benchmark.train_stream)
+            size += mixtures * generator.density.bytes_per_mixture
         shape, *_ = Generator.properties(benchmark, constants)
         arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(shape)))
         return ReplayTemplate(**arguments)
@@ -215,12 +219,14 @@ def make_solver(benchmark, constants: BaseModel):
 
     shape, n_classes, normalize = Generator.properties(benchmark, constants)
     units = constants.HIDDEN_UNITS
+    # Permuted pixels have no neighbours whose place they could take.
+    shift = 0 if constants.SCENARIO == "permuted" else constants.INPUT_SHIFT
     return nn.Sequential(
         normalize,
         # Generated images are a little blurred and a little too typical. Without shift and dropout
         # the solver learns that blurred means old, and takes sharp test images for the newest
         # classes. All images of a minibatch, real and replayed, get the same shift.
-        TrainOnly(v2.RandomCrop(shape[1:], constants.INPUT_SHIFT, padding_mode="edge")),
+        TrainOnly(v2.RandomCrop(shape[1:], shift, padding_mode="edge")),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
         nn.Linear(math.prod(shape), units), nn.ReLU(),

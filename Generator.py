@@ -107,7 +107,7 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     if constants.GENERATOR == "vae":
         components, latent_size, density = constants.MIXTURE_COMPONENTS, latent_size or 32, None
         if components:
-            density = ClassConditionalGMM(n_classes, components, latent_size)
+            density = ClassConditionalGMM(components, latent_size)
         model = VAE(shape, units, latent_size, density, normalize)
         loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
         strategy = partial(VAETraining, criterion=loss)

@@ -41,6 +41,7 @@ from avalanche.training.plugins import (
     SupervisedPlugin,
 )
 from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.utils import load_all_dataset
 
 from GenerativeModel import GenerativeModel, critic_loss, negative_elbo
 
@@ -220,10 +221,10 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
     """Replay for class-conditional VAEs: align the new decoder with the old, and fit the density.
 
     A generator that learns its own samples like any other image copies them through its noise, and
-    blurs a little more each time. Here the old latents are kept (their density changes only if a
-    class returns) and only what is decoded from them is learned again: replay alignment, Wu et al.
-    2018 (arXiv 1809.02058, section 4.2), with the VAE's own reconstruction loss. The encoder
-    follows the current experience; replay doesn't need it any more.
+    blurs a little more each time. Here the density of the old latents is kept, and only what is
+    decoded from them is learned again: replay alignment, Wu et al. 2018 (arXiv 1809.02058, section
+    4.2), with the VAE's own reconstruction loss. The encoder follows the current experience; replay
+    doesn't need it any more.
     """
 
     def sample(self, amount: int, generator: GenerativeModel, solver: None) -> Samples:
@@ -609,7 +610,13 @@ def in_memory_dataset(x: Tensor, y: Tensor) -> TaskAwareSupervisedClassification
 
     :param x: images in [0, 1], shape (n, C, H, W).
     :param y: class labels (int64), shape (n,).
+    :raises ValueError: if pixels lie outside [0, 1].
     """
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: leave "
+            "Normalize out of the transforms, solver and generator normalize what they see"
+        )
     attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
     dataset = TaskAwareSupervisedClassificationDataset(
         [TensorDataset(x, y)], data_attributes=attributes
@@ -630,3 +637,15 @@ def in_memory_benchmark(
     streams = {"train": train, "test": test}
     datasets = {name: [in_memory_dataset(x, y) for x, y in s] for name, s in streams.items()}
     return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+
+
+def load_in_memory(benchmark: CLScenario) -> CLScenario:
+    """Load any Avalanche benchmark, such as `SplitFMNIST`, as one that trains as fast as ours.
+
+    Its images stay as their transforms leave them: random ones are drawn once for each image. Class
+    labels stay too; task labels become 0, because there is one head.
+    """
+    streams = (benchmark.train_stream, benchmark.test_stream)
+    return in_memory_benchmark(
+        *([load_all_dataset(experience.dataset)[:2] for experience in s] for s in streams)
+    )

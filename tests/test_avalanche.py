@@ -5,13 +5,15 @@ from io import StringIO
 import benchmark
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics, loss_metrics
 from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LwFPlugin
 from conftest import DATA_DIR, all_constants, needs_mnist
-from torch.utils.data import TensorDataset
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
 import GenerativeReplay
 import TrainingInstances
@@ -95,6 +97,42 @@ def test_loggers_and_metrics():
 def test_another_plugin_takes_effect_beside_replay(without_effect, plugin):
     alone, both = train_with(without_effect)[0], train_with(plugin)[0]
     assert both.isfinite().all() and not torch.equal(alone, both)
+
+
+class Pictures(Dataset):
+    """Six pictures of each of four classes, as PIL images."""
+
+    targets = [label for label in range(4) for _ in range(6)]
+
+    def __getitem__(self, index):
+        return Image.new("L", (8, 8), 40 * self.targets[index]), self.targets[index]
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def stock_benchmark(*transforms):
+    transform = Compose([ToTensor(), *transforms])
+    return nc_benchmark(
+        Pictures(), Pictures(), 2, task_labels=True, fixed_class_order=[3, 1, 0, 2],
+        train_transform=transform, eval_transform=transform,
+    )  # fmt: skip
+
+
+def test_any_benchmark_in_memory():
+    stock = stock_benchmark(Lambda(lambda x: x + torch.rand(1) / 9))
+    ours = TrainingInstances.load_in_memory(stock)
+    x, y, t = ours.train_stream[1].dataset.tensors
+    assert x.shape == (12, 1, 8, 8) and sorted(y.tolist()) == [0] * 6 + [2] * 6
+    assert t.tolist() == [0] * 12 and stock.train_stream[1].task_label == 1
+    noise = (x.flatten(1) - 40 * y[:, None] / 255).mean(1)
+    assert noise.min() >= -1e-6 and len(noise.unique()) == 12  # drawn for each image, once
+    scholar = GenerativeReplay.make_scholar(ours, all_constants(**SMALL))
+    for experience in ours.train_stream:
+        scholar.train(experience)
+    assert scholar.replay.seen_classes == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="leave Normalize out"):
+        TrainingInstances.load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
 
 
 @needs_mnist

@@ -1,12 +1,14 @@
 """Data of one's own and other streams: folders of images, domain-incremental, permuted."""
 
 import json
+from statistics import mean
 
 import pytest
 import torch
 from conftest import all_constants, run
 from PIL import Image
 
+import GenerativeReplay
 import Generator
 
 
@@ -118,3 +120,32 @@ def test_permuted_experiences_are_the_same_images_in_another_order_of_pixels():
     test = benchmark.test_stream[1].dataset.tensors[0]
     place = (parts[1][0] == parts[0][0][:, :1, 14:15, 14:15]).flatten(1).all(0).nonzero()[0]
     assert torch.equal(test.flatten(1)[:, place[0]], images.test[0][:, 0, 14, 14])
+
+
+def test_the_first_permutation_does_not_fade(tmp_path):
+    words = "--dataset", "digits", "--scenario", "permuted", "--iterations", 200
+    done = run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = {}
+    for file in (tmp_path / "results").glob("*/results.json"):
+        record = json.loads(file.read_text())
+        first[record["name"]] = [row[0] for row in record["accuracy_matrix"]]
+    assert first["replay"][-1] > first["replay"][0] - 0.07 and first["naive"][-1] < 0.6
+
+
+def test_black_on_white_is_learned_like_white_on_black():
+    accuracies = []
+    for invert in (False, True):
+        (x, y), (test_x, test_y) = (part for part in Generator.load_digits()[1:3])
+        images = Generator.load_digits()._replace(
+            train=(1 - x if invert else x, y), test=(1 - test_x if invert else test_x, test_y)
+        )
+        constants = all_constants(ITERATIONS=150)
+        torch.manual_seed(0)
+        benchmark = Generator.make_benchmark(images, constants)
+        scholar = GenerativeReplay.make_scholar(benchmark, constants)
+        for experience in benchmark.train_stream:
+            scholar.train(experience)
+        metrics = scholar.eval(benchmark.test_stream)
+        accuracies.append(mean(Generator.metric_row(metrics, "Top1_Acc_Exp")))
+    assert min(accuracies) > 0.85 and abs(accuracies[0] - accuracies[1]) < 0.04, accuracies
