@@ -177,9 +177,8 @@ def make_scholar(
     )  # fmt: skip
 
     solver = make_solver(benchmark, constants)
-    iterations, batch_size = constants.ITERATIONS, constants.BATCH_SIZE
     arguments = Generator.training_arguments(
-        "solver", solver, constants, iterations, batch_size, constants.LEARNING_RATE
+        "solver", solver, constants, constants.ITERATIONS, constants.LEARNING_RATE
     )
     arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
     if strategy in ("naive", "joint"):

@@ -16,31 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-)  # fmt: skip
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import PositiveInt, ValidationError, create_model
 
 from figures import results
 from figures.results import UserError
 
-
-def check_distinct(values: tuple) -> tuple:
-    """Validate that no value is repeated."""
-    if len(set(values)) < len(values):
-        raise ValueError("the values have to be different")
-    return values
-
-
 T = TypeVar("T")
-Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(check_distinct)]
+without_repetition = AfterValidator(lambda values: tuple(dict.fromkeys(values)))
+Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
@@ -65,7 +49,6 @@ ANNEAL: bool = True  # anneal it to 0 over each experience (Loshchilov & Hutter 
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
 GENERATOR: Literal["vae", "cvae", "wgan-gp"] = "vae"  # vae; conditional vae; Wasserstein GAN
 GENERATOR_ITERATIONS: PositiveInt | None = None  # none: as the solver; 5 times that for wgan-gp
-GENERATOR_BATCH_SIZE: PositiveInt | None = None  # none: as the solver
 GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver; 0.003 for wgan-gp
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
@@ -124,7 +107,6 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     arguments = training_arguments(
         "generator", model, constants,
         iterations=constants.GENERATOR_ITERATIONS or iterations,
-        batch_size=constants.GENERATOR_BATCH_SIZE or constants.BATCH_SIZE,
         learning_rate=constants.GENERATOR_LEARNING_RATE or learning_rate,
         betas=betas,
     )  # fmt: skip
@@ -138,7 +120,6 @@ def training_arguments(
     model,
     constants: BaseModel,
     iterations: int,
-    batch_size: int,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> dict:
@@ -157,7 +138,7 @@ def training_arguments(
         "model": model,
         "optimizer": optimizer,
         "iterations": iterations,
-        "train_mb_size": batch_size,
+        "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
         "plugins": [LossRecorder(name), *annealing],
         "device": constants.DEVICE,

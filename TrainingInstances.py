@@ -16,14 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)  # fmt: skip
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
@@ -308,22 +301,21 @@ class ReplayTemplate(SupervisedTemplate):
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
         """Load `iterations` minibatches, over as many passes as it takes; without, one pass."""
-        count = self.iterations and self.iterations * self.train_mb_size
-        random = RandomSampler(self.adapted_dataset, num_samples=count)
-        sampler = random if shuffle else SequentialSampler(self.adapted_dataset)
-        self.dataloader = self._loader(sampler, self.train_mb_size)
+        data, count = self.adapted_dataset, self.iterations and self.iterations * self.train_mb_size
+        rows = RandomSampler(data, num_samples=count) if shuffle else range(len(data))
+        self.dataloader = self._loader(rows, self.train_mb_size)
 
     def make_eval_dataloader(self, **kwargs):
         """Load the data once, in order."""
-        self.dataloader = self._loader(SequentialSampler(self.adapted_dataset), self.eval_mb_size)
+        self.dataloader = self._loader(range(len(self.adapted_dataset)), self.eval_mb_size)
 
-    def _loader(self, sampler: Sampler, batch_size: int) -> DataLoader:
+    def _loader(self, rows: RandomSampler | range, batch_size: int) -> DataLoader:
         data = self.adapted_dataset
         if not hasattr(data, "tensors"):  # not ours
-            return DataLoader(data, batch_size, sampler=sampler, collate_fn=data.collate_fn)
+            return DataLoader(data, batch_size, sampler=rows, collate_fn=data.collate_fn)
         tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
         # Whole minibatches are taken out of the tensors, not sample by sample.
-        return DataLoader(tensors, None, sampler=BatchSampler(sampler, batch_size, drop_last=False))
+        return DataLoader(tensors, None, sampler=BatchSampler(rows, batch_size, drop_last=False))
 
     def state_dict(self) -> dict:
         """Collect what survives from one experience to the next: model, optimizer, clock, plugins.
@@ -358,8 +350,8 @@ class JointTraining(ReplayTemplate):
     def train_dataset_adaptation(self, **kwargs):
         """Join the data of the experience and of all before it."""
         so_far = self.experience.origin_stream[: self.experience.current_experience + 1]
-        x, y, _ = map(torch.cat, zip(*(experience.dataset.tensors for experience in so_far)))
-        self.adapted_dataset = in_memory_dataset(x, y)
+        tensors = zip(*(experience.dataset.tensors for experience in so_far))
+        self.adapted_dataset = TensorDataset(*map(torch.cat, tensors))
 
 
 class GenerativeReplay(ReplayTemplate):
@@ -531,12 +523,10 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
 
 class LossRecorder(SupervisedPlugin):
-    """Record the loss of each training iteration, and check that it is finite.
+    """Record the loss of each training iteration.
 
     :param name: what is trained.
     """
-
-    EVERY = 50  # iterations between two checks: on a GPU each of them waits for the device
 
     def __init__(self, name: str):
         super().__init__()
@@ -547,24 +537,20 @@ class LossRecorder(SupervisedPlugin):
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
         """Record the loss, of current and replayed data, as it is minimised."""
         self.current.append(strategy.loss.detach())
-        if len(self.current) % self.EVERY == 0:
-            self.check(strategy)
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Keep the losses of the experience."""
-        self.check(strategy)
-        self.losses.append(torch.cat(self.current).cpu())
-        self.current = []
+        """Keep the losses of the experience.
 
-    def check(self, strategy: SupervisedTemplate) -> None:
-        """Raise a FloatingPointError if a loss of the experience is infinite or not a number."""
-        losses = torch.cat(self.current)
+        :raises FloatingPointError: if one of them is infinite or not a number.
+        """
+        losses, self.current = torch.cat(self.current).cpu(), []
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
             raise FloatingPointError(
                 f"the loss of the {self.name} is {float(losses[first])} at experience "
                 f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
             )
+        self.losses.append(losses)
 
     def state_dict(self) -> dict:
         """Collect the losses so far."""

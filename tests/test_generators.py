@@ -80,7 +80,7 @@ def test_what_suits_each_generator_unless_told_otherwise():
 
     assert settings(GENERATOR="vae") == settings(GENERATOR="cvae") == (0.002, (0.9, 0.999), 10, 64)
     assert settings(GENERATOR="wgan-gp") == (0.003, (0.5, 0.9), 50, 64)
-    told = {"GENERATOR_LEARNING_RATE": 0.1, "GENERATOR_ITERATIONS": 3, "GENERATOR_BATCH_SIZE": 5}
+    told = {"GENERATOR_LEARNING_RATE": 0.1, "GENERATOR_ITERATIONS": 3, "BATCH_SIZE": 5}
     assert settings(GENERATOR="wgan-gp", **told) == (0.1, (0.5, 0.9), 3, 5)
 
 
