@@ -154,7 +154,8 @@ class VAE(GenerativeModel):
         :raises ValueError: if a condition is given, but no density is fitted.
         """
         if self.density is not None and len(self.density.labels):
-            return self.density.sample(self.sample_labels(count) if condition is None else condition)
+            y = self.sample_labels(count) if condition is None else condition
+            return self.density.sample(y)
         if condition is not None:
             raise ValueError("a VAE without density is unconditional: leave condition at None")
         return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)

@@ -16,8 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
-from pydantic import PositiveInt, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)  # fmt: skip
 
 from figures import results
 from figures.results import UserError
@@ -44,8 +53,8 @@ SEEDS: Distinct[Seed] = (0,)  # one run each
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
-LEARNING_RATE: PositiveFloat = 0.002  # of Adam
-ANNEAL: bool = True  # anneal it to 0 over each experience (Loshchilov & Hutter 2017)
+LEARNING_RATE: PositiveFloat = 0.003  # of Adam
+ONE_CYCLE: bool = True  # it rises and is annealed to 0 in each experience (Smith & Topin 2018)
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
 GENERATOR: Literal["vae", "cvae", "wgan-gp"] = "vae"  # vae; conditional vae; Wasserstein GAN
 GENERATOR_ITERATIONS: PositiveInt | None = None  # none: as the solver; 5 times that for wgan-gp
@@ -53,6 +62,7 @@ GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver; 0.0
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
+BFLOAT16: bool | None = None  # train with products in bfloat16; none: where the CPU has them
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 RESULTS_DIR: str = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
@@ -130,17 +140,18 @@ def training_arguments(
     """
     from torch.optim import Adam
 
-    from TrainingInstances import CosineAnnealingPlugin, LossRecorder
+    from TrainingInstances import LossRecorder, OneCyclePlugin
 
     optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
-    annealing = [CosineAnnealingPlugin(optimizer, iterations)] if constants.ANNEAL else []
+    schedule = [OneCyclePlugin(optimizer, iterations)] if constants.ONE_CYCLE else []
     return {
         "model": model,
         "optimizer": optimizer,
         "iterations": iterations,
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "plugins": [LossRecorder(name), *annealing],
+        "plugins": [LossRecorder(name), *schedule],
+        "bfloat16": constants.BFLOAT16,
         "device": constants.DEVICE,
     }
 
@@ -495,10 +506,12 @@ def prepare(constants: BaseModel) -> tuple[Images, BaseModel]:
     if len(order) < constants.N_EXPERIENCES and constants.SCENARIO != "permuted":
         count = constants.N_EXPERIENCES
         raise UserError(f"N_EXPERIENCES is {count}, but there are only {len(order)} classes")
+    device, bfloat16 = choose_device(constants.DEVICE), constants.BFLOAT16
     constants = constants.model_copy(update={
         "DATASET": images.name if constants.DATASET == "auto" else constants.DATASET,
         "CLASS_ORDER": order,
-        "DEVICE": choose_device(constants.DEVICE),
+        "DEVICE": device,
+        "BFLOAT16": multiplies_bfloat16(device) if bfloat16 is None else bfloat16,
         "ITERATIONS": constants.ITERATIONS or images.iterations,
     })  # fmt: skip
     folder = Path(constants.RESULTS_DIR)
@@ -520,6 +533,14 @@ def choose_device(name: str) -> str:
         reason = str(error).split(".")[0].split("\n")[0]
         raise UserError(f"DEVICE is {name!r}, which can't be used: {reason}") from None
     return name
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Tell whether the device is a CPU with instructions for matrix products in bfloat16."""
+    import torch
+
+    cpu = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def seeded(constants: BaseModel, seed: int) -> BaseModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 # Avalanche warns at import of two solvers that are only needed for GEM.
@@ -254,6 +254,7 @@ class ReplayTemplate(SupervisedTemplate):
     :param replay: plugin that extends the minibatches; None: no replay.
     :param iterations: minibatches in an experience, whatever its size, as in van de Ven et al.;
         None: one pass through it, as in Avalanche.
+    :param bfloat16: train with matrix products in bfloat16, all else in float32.
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 
@@ -263,10 +264,12 @@ class ReplayTemplate(SupervisedTemplate):
         criterion: Callable = partial(cross_entropy, reduction="none"),
         replay: DeepGenerativeReplayPlugin | None = None,
         iterations: int | None = None,
+        bfloat16: bool = False,
         plugins: Sequence = (),
         **base_kwargs,
     ):
         self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
+        self.bfloat16 = bfloat16
         plugins = [*plugins, *([replay] if replay else [])]
         # Avalanche's own plugins, such as EWC, expect a mean.
         super().__init__(
@@ -298,6 +301,12 @@ class ReplayTemplate(SupervisedTemplate):
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Compute the model's output: without task identity, whatever labels a benchmark has."""
         return self.model(self.mb_x)
+
+    def training_epoch(self, **kwargs):
+        """Train on the minibatches; mixed precision (Kalamkar et al. 2019, arXiv 1905.12322)."""
+        kind = self.device.type, torch.bfloat16, self.bfloat16
+        with torch.autocast(*kind, cache_enabled=False):  # weights change within the context
+            super().training_epoch(**kwargs)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
         """Load `iterations` minibatches, over as many passes as it takes; without, one pass."""
@@ -462,11 +471,13 @@ class WGANTraining(GeneratorTraining):
 # ------------------------------------------------------------------------------------------------
 
 
-class CosineAnnealingPlugin(LRSchedulerPlugin):
-    """Anneal the learning rate to 0 over each experience, along a cosine, and restart.
+class OneCyclePlugin(LRSchedulerPlugin):
+    """Raise the learning rate and anneal it to 0, in one cycle for each experience.
 
-    SGDR (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). The optimizer restarts as well: the
-    moments of an annealed Adam are of tiny gradients, and its first steps would be huge. They are
+    Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate within
+    15 % of the iterations, then down along a cosine. Adam's first steps are as long as the learning
+    rate, whatever the gradient; without the rise they destroy much of what the model has learned.
+    The optimizer restarts too: the moments of an annealed Adam are of tiny gradients. They are
     cleared at the end of the experience, because images can be made out in them.
 
     :param optimizer: the strategy's optimizer.
@@ -474,7 +485,10 @@ class CosineAnnealingPlugin(LRSchedulerPlugin):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, iterations: int):
-        schedule = CosineAnnealingLR(optimizer, iterations)
+        schedule = OneCycleLR(
+            optimizer, [group["lr"] for group in optimizer.param_groups],
+            total_steps=iterations + 1, pct_start=0.15, div_factor=10, cycle_momentum=False,
+        )  # fmt: skip
         super().__init__(schedule, step_granularity="iteration")
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):

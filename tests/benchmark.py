@@ -7,7 +7,6 @@ are measured in turn, and medians are quoted.
 import argparse
 import copy
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import RandomSampler
 
 ROOT = Path(__file__).parent.parent
@@ -119,15 +119,18 @@ def bare(benchmark, constants):
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
         learners = zip((solver_loss, vae_loss), (solver_replay(), vae_replay()), optimizers)
         for loss_of, samples, optimizer in learners:  # noqa: B007  # the losses read samples
-            for i, minibatch in enumerate(minibatches(images, labels)):
-                if constants.ANNEAL:
-                    cosine = (1 + math.cos(math.pi * i / iterations)) / 2
-                    optimizer.param_groups[0]["lr"] = rate * cosine
-                loss = loss_of(*minibatch)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            if constants.ANNEAL:
+            if constants.ONE_CYCLE:
+                cycle = {"pct_start": 0.15, "div_factor": 10, "cycle_momentum": False}
+                schedule = OneCycleLR(optimizer, rate, total_steps=iterations + 1, **cycle)
+            with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16, cache_enabled=False):
+                for minibatch in minibatches(images, labels):
+                    loss = loss_of(*minibatch)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    if constants.ONE_CYCLE:
+                        schedule.step()
+            if constants.ONE_CYCLE:
                 optimizer.state.clear()
         seen = sorted({*seen, *labels.unique().tolist()})
         if vae.density:

@@ -38,8 +38,8 @@ def all_constants(**changes):
     arguments, sys.argv = sys.argv, ["test"]
     constants = Generator.read_constants(Generator, GenerativeReplay)
     sys.argv = arguments
-    fixed = {"DEVICE": "cpu", "DATASET": "digits", "CLASS_ORDER": tuple(range(10))}
-    return constants.model_copy(update=fixed | changes)
+    fixed = {"DEVICE": "cpu", "BFLOAT16": False, "DATASET": "digits"}
+    return constants.model_copy(update=fixed | {"CLASS_ORDER": tuple(range(10))} | changes)
 
 
 def in_child(module, arguments, cwd, outputs):

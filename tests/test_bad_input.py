@@ -42,7 +42,7 @@ BAD_COMMAND_LINES = [
     ("--strategies", "STRATEGIES is "),
     ("--device gpu", "DEVICE is 'gpu': .*auto.cpu.mps.cuda"),
     ("--device cuda:99", "DEVICE is 'cuda:99', which can't be used"),
-    ("--anneal maybe", "ANNEAL is 'maybe': .*boolean"),
+    ("--one-cycle maybe", "ONE_CYCLE is 'maybe': .*boolean"),
     ("--batch-size 0", "BATCH_SIZE is '0': .*greater than 0"),
     ("--iterations 2.5", "ITERATIONS is '2.5': .*integer"),
     ("--learning-rate nan", "LEARNING_RATE is 'nan': .*finite"),

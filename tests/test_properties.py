@@ -36,7 +36,7 @@ def cases(draw):
         NORMALIZE=False,  # there may be a single pixel
         BATCH_SIZE=draw(st.integers(1, 8)),
         ITERATIONS=iterations,
-        ANNEAL=draw(st.booleans()) and iterations is not None,
+        ONE_CYCLE=draw(st.booleans()) and iterations is not None,
         MIXTURE_COMPONENTS=draw(st.integers(0, 2)),
         TEMPERATURE=draw(st.sampled_from([None, 2.0])),
         REPLAY_SIZE=draw(st.none() | st.integers(0, 5)),
@@ -195,7 +195,7 @@ def test_no_image_is_kept(generator, changes):
     assert kept_images(carried_over(scholar), images) == []
 
 
-def test_without_annealing_images_can_be_made_out_in_adams_moments_but_nowhere_else():
+def test_without_one_cycle_images_can_be_made_out_in_adams_moments_but_nowhere_else():
     scholar, images = trained_scholar(**benchmark.PLAIN_DGR)
     assert kept_images(carried_over(scholar), images) != []
     for strategy in (scholar, scholar.replay.generator_strategy):

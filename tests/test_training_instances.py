@@ -287,13 +287,14 @@ def test_same_seed_same_numbers_also_after_an_interruption(stream, settings):
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
-def test_the_learning_rate_is_annealed_over_each_experience_and_restarts(stream):
-    strategy, spy = make_solver(ReplayTemplate, iterations=4)
-    strategy.plugins.append(instances.CosineAnnealingPlugin(strategy.optimizer, 4))
-    strategy.train(stream)
-    cosine = [0.001 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
-    assert [note.rate for note in spy.notes] == pytest.approx(cosine * 4)
-    assert not strategy.optimizer.state and strategy.optimizer.param_groups[0]["lr"] == 0.001
+def test_the_learning_rate_makes_a_cycle_in_each_experience(stream):
+    strategy, spy = make_solver(ReplayTemplate, iterations=99)
+    strategy.plugins.append(instances.OneCyclePlugin(strategy.optimizer, 99))
+    strategy.train(stream[:3])
+    up = [0.001 - 0.0009 * (1 + math.cos(math.pi * i / 14)) / 2 for i in range(14)]
+    down = [0.001 * (1 + math.cos(math.pi * i / 85)) / 2 for i in range(85)]
+    assert [note.rate for note in spy.notes] == pytest.approx((up + down) * 3, rel=1e-3, abs=1e-8)
+    assert not strategy.optimizer.state
 
 
 def test_the_loss_is_recorded_and_has_to_be_finite(stream):
