@@ -208,18 +208,18 @@ class ClassConditionalGMM(nn.Module):
 
     def __init__(self, components: int, latent_size: int):
         super().__init__()
-        self.components = components
-        self.bytes_per_mixture = 4 * components * (latent_size**2 + latent_size + 3)
-        # A row for each Gaussian of all mixtures, of all classes.
+        self.bytes_per_mixture = 8 + 4 * components * (1 + latent_size + latent_size**2)
+        # One row for each mixture.
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("weights", torch.zeros(0))  # those of a mixture add up to 1
-        self.register_buffer("means", torch.zeros(0, latent_size))
-        self.register_buffer("scales", torch.zeros(0, latent_size, latent_size))  # Cholesky factors
+        self.register_buffer("weights", torch.zeros(0, components))
+        self.register_buffer("means", torch.zeros(0, components, latent_size))
+        # Cholesky factors of the covariances.
+        self.register_buffer("scales", torch.zeros(0, components, latent_size, latent_size))
         self.register_load_state_dict_pre_hook(self.resize)
 
     @staticmethod
     def resize(density: "ClassConditionalGMM", state: dict, prefix: str, *args) -> None:
-        """Make room for as many Gaussians as a saved state has."""
+        """Make room for as many mixtures as a saved state has."""
         for name, old in density.named_buffers():
             setattr(density, name, old.new_empty(state[prefix + name].shape))
 
@@ -236,7 +236,7 @@ class ClassConditionalGMM(nn.Module):
             encodings = z[y == label].cpu().double().numpy()
             if len(encodings) < 2:
                 continue
-            count = min(self.components, max(1, len(encodings) // 100))
+            count = min(self.weights.shape[1], max(1, len(encodings) // 100))
             seed = int(torch.randint(2**31, ()))
             mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
             # Fifty steps are enough, converged or not, and the threads of numpy and torch get into
@@ -244,19 +244,24 @@ class ClassConditionalGMM(nn.Module):
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
                 mixture.fit(encodings)
             scales = torch.linalg.cholesky(torch.tensor(mixture.covariances_))
-            new = [label.expand(count), mixture.weights_, mixture.means_, scales]
-            for (name, old), rows in zip(list(self.named_buffers()), new, strict=True):
-                setattr(self, name, torch.cat([old, torch.as_tensor(rows).to(old)]))
+            self.labels = torch.cat([self.labels, label[None].to(self.labels)])
+            fitted = {"weights": mixture.weights_, "means": mixture.means_, "scales": scales}
+            for name, new in fitted.items():
+                old = getattr(self, name)
+                row = old.new_zeros(1, *old.shape[1:])  # a component that is missing has weight 0
+                row[0, :count] = torch.as_tensor(new)
+                setattr(self, name, torch.cat([old, row]))
 
     def sample(self, y: Tensor) -> Tensor:
-        """Sample latents of given classes.
+        """Sample latents of given classes: a mixture of the class, a component of it, z.
 
         :param y: class labels (int64), shape (n,).
         :return: latents, shape (n, latent_size).
         """
-        weights = self.weights * (self.labels == y[:, None])
-        component = Categorical(weights, validate_args=False).sample()
-        mean, scale = self.means[component], self.scales[component]
+        of_the_class = (self.labels == y[:, None]).float()
+        mixture = Categorical(of_the_class, validate_args=False).sample()
+        component = Categorical(self.weights[mixture], validate_args=False).sample()
+        mean, scale = self.means[mixture, component], self.scales[mixture, component]
         return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
 
 

@@ -50,7 +50,7 @@ N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
 SEEDS: Distinct[Seed] = (0,)  # one run each
-ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 2000, 300 for digits
+ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
 LEARNING_RATE: PositiveFloat = 0.003  # of Adam
@@ -240,7 +240,7 @@ class Images(NamedTuple):
     train: tuple  # images (float32 in [0, 1], shape (n, C, H, W)), class labels (int64, shape (n,))
     test: tuple
     classes: list[str]  # names of the class labels
-    iterations: int = 2000  # minibatches per experience that suit it
+    iterations: int = 1600  # minibatches per experience that suit it
     notice: str = ""  # belongs wherever results are shown
 
 
