@@ -208,13 +208,13 @@ class ClassConditionalGMM(nn.Module):
 
     def __init__(self, components: int, latent_size: int):
         super().__init__()
-        self.bytes_per_mixture = 8 + 4 * components * (1 + latent_size + latent_size**2)
-        # One row for each mixture.
+        self.bytes_per_mixture = 8 + components * (4 + 2 * latent_size + 2 * latent_size**2)
+        # One row for each mixture; half precision is precise enough, and half as large.
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("weights", torch.zeros(0, components))
-        self.register_buffer("means", torch.zeros(0, components, latent_size))
+        self.register_buffer("means", torch.zeros(0, components, latent_size).half())
         # Cholesky factors of the covariances.
-        self.register_buffer("scales", torch.zeros(0, components, latent_size, latent_size))
+        self.register_buffer("scales", torch.zeros(0, components, latent_size, latent_size).half())
         self.register_load_state_dict_pre_hook(self.resize)
 
     @staticmethod
@@ -262,7 +262,9 @@ class ClassConditionalGMM(nn.Module):
         mixture = Categorical(of_the_class, validate_args=False).sample()
         component = Categorical(self.weights[mixture], validate_args=False).sample()
         mean, scale = self.means[mixture, component], self.scales[mixture, component]
-        return MultivariateNormal(mean, scale_tril=scale, validate_args=False).sample()
+        return MultivariateNormal(
+            mean.float(), scale_tril=scale.float(), validate_args=False
+        ).sample()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The ablation: from plain DGR to the default recipe, a component at a time.
+"""The ablation: components added to plain DGR one by one, and left out of the whole one by one.
 
 `python -m figures.ablation --n-jobs 2 --seeds 0 1 2 --results-dir results/ablation`, with any
 option of GenerativeReplay.py. Edit the components here.
@@ -27,7 +27,7 @@ PLAIN_DGR = {name: value for off in COMPONENTS.values() for name, value in off.i
 
 
 def main() -> None:
-    """Run plain DGR, each step to the default recipe, and both bounds; draw the figure."""
+    """Run plain DGR, each step to the default recipe and back from it, and both bounds; draw."""
     constants = Generator.read_constants(Generator, GenerativeReplay)
     if constants.GENERATOR != "vae":
         raise results.UserError("the ablation takes the VAE apart: leave GENERATOR at vae")
@@ -36,6 +36,8 @@ def main() -> None:
     for component, constants_off in COMPONENTS.items():
         off = {name: value for name, value in off.items() if name not in constants_off}
         planned.append(("replay", constants.model_copy(update=off), f"+ {component}"))
+    for component, off in list(COMPONENTS.items())[:-1]:  # without the last: the step before
+        planned.append(("replay", constants.model_copy(update=off), f"without {component}"))
     planned += [("naive", constants, "naive"), ("joint", constants, "joint")]
     runs = GenerativeReplay.run_all(planned, images, constants)
     folder = Path(constants.RESULTS_DIR)

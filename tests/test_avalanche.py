@@ -25,7 +25,9 @@ def parameters(*models):
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
-@pytest.mark.parametrize("changes", [benchmark.PLAIN, {}, {"TEMPERATURE": None}])
+@pytest.mark.parametrize(
+    "changes", [benchmark.PLAIN, {}, {"TEMPERATURE": None}, {"BFLOAT16": True}]
+)
 def test_the_same_numbers_as_a_bare_loop(changes):
     stream, constants = benchmark.synthetic(3, 40), all_constants(**changes | SMALL)
     torch.manual_seed(0)

@@ -205,7 +205,7 @@ def test_replay_aligns_the_new_decoder_with_the_old_one_on_a_fitted_density(stre
     old_vae = copy.deepcopy(vae)
     encodings = vae.encode(x[y == 6])[0]  # real ones of this experience
     (mean,) = vae.density.means[vae.density.labels == 6, 0]
-    torch.testing.assert_close(mean, encodings.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mean.float(), encodings.mean(0), atol=1e-4, rtol=1e-3)
     assert vae.learned_classes().tolist() == [1, 6]
     scholar.train(stream[1])
     assert vae.learned_classes().tolist() == [0, 1, 3, 6]
