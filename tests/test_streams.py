@@ -129,23 +129,21 @@ def test_the_first_permutation_does_not_fade(tmp_path):
     first = {}
     for file in (tmp_path / "results").glob("*/results.json"):
         record = json.loads(file.read_text())
-        first[record["name"]] = [row[0] for row in record["accuracy_matrix"]]
-    assert first["replay"][-1] > first["replay"][0] - 0.07 and first["naive"][-1] < 0.6
+        first[record["name"]] = record["accuracy_matrix"][-1][0]
+    assert first["replay"] > 0.75 and first["naive"] < 0.6, first
 
 
 def test_black_on_white_is_learned_like_white_on_black():
+    digits, constants = Generator.load_digits(), all_constants(N_EXPERIENCES=2, ITERATIONS=150)
     accuracies = []
-    for invert in (False, True):
-        (x, y), (test_x, test_y) = (part for part in Generator.load_digits()[1:3])
-        images = Generator.load_digits()._replace(
-            train=(1 - x if invert else x, y), test=(1 - test_x if invert else test_x, test_y)
-        )
-        constants = all_constants(ITERATIONS=150)
+    for invert in (lambda x: x), (lambda x: 1 - x):
+        train, test = ((invert(x), y) for x, y in (digits.train, digits.test))
         torch.manual_seed(0)
+        images = digits._replace(train=train, test=test)
         benchmark = Generator.make_benchmark(images, constants)
         scholar = GenerativeReplay.make_scholar(benchmark, constants)
         for experience in benchmark.train_stream:
             scholar.train(experience)
         metrics = scholar.eval(benchmark.test_stream)
         accuracies.append(mean(Generator.metric_row(metrics, "Top1_Acc_Exp")))
-    assert min(accuracies) > 0.85 and abs(accuracies[0] - accuracies[1]) < 0.04, accuracies
+    assert min(accuracies) > 0.85 and abs(accuracies[0] - accuracies[1]) < 0.05, accuracies
