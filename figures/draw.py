@@ -42,7 +42,7 @@ def main() -> None:
 
 def summarize(runs: list[dict], folder: Path) -> None:
     """Print the table of runs, and write it, tidy rows and all figures into a folder."""
-    runs = sorted(runs, key=lambda run: (*ORDER, run["name"]).index(run["name"]))
+    runs = in_order(runs)
     print("\n" + results.table(runs))
     for text in {run["notice"] for run in runs} - {""}:
         print(f"These are numbers of {text}.")
@@ -59,6 +59,11 @@ def summarize(runs: list[dict], folder: Path) -> None:
         for function in functions:
             save(function(group), folder / "figures" / f"{function.__name__}-{ending}.png")
     print(f"Results are in {folder}, figures in {folder / 'figures'}")
+
+
+def in_order(runs: list[dict]) -> list[dict]:
+    """Sort runs by strategy, as in `ORDER`."""
+    return sorted(runs, key=lambda run: (*ORDER, run["name"]).index(run["name"]))
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -210,7 +215,7 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     norm = Normalize(min(lowest, 90), 100)
     axes, figure = heat_map(matrix, experience_names(runs), "accuracy (%)", norm)
     axes.set(xlabel="tested on (classes)", ylabel="after experience (its classes)")
-    axes.set_title(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
+    figure.suptitle(title(f"Accuracy: {np.mean(matrix[-1]):.2f} % at the end", runs))
     return figure
 
 
@@ -223,7 +228,7 @@ def confusion_matrix(runs: list[dict]) -> plt.Figure:
     unit = "share of the class's images (%); empty: none"
     axes, figure = heat_map(share, runs[0]["classes"], unit, norm)
     axes.set(xlabel="class that the solver sees", ylabel="class")
-    axes.set_title(title("Confusions after the last experience", runs))
+    figure.suptitle(title("Confusions after the last experience", runs))
     return figure
 
 
@@ -236,7 +241,7 @@ def heat_map(matrix: np.ndarray, labels: list, unit: str, norm: Normalize) -> tu
             colour = "black" if norm(value) > 0.6 else "white"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour,
                       fontsize="small" if len(matrix) > 5 else None)  # fmt: skip
-    axes.set_xticks(range(len(matrix)), labels)
+    axes.set_xticks(range(len(matrix)), labels, rotation=90 if max(map(len, labels)) > 5 else 0)
     axes.set_yticks(range(len(matrix)), labels)
     figure.colorbar(image, label=unit)
     return axes, figure
@@ -265,7 +270,8 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         chance = 100 / np.cumsum([len(group) for group in groups])
         axes.plot(x, chance, ":", color="gray", label=f"chance: {chance[-1]:.0f}")
     if len(close) > 1:
-        larger = axes.inset_axes((0.4, 0.4, 0.57, 0.44))
+        top = min(curves.mean(0).min() for _, curves, _ in close) / 102 - 0.08
+        larger = axes.inset_axes((0.47, 0.4, 0.5, top - 0.4))
         for curve in close:
             band(larger, *curve[:2], **curve[2])
         larger.set_xticks(ticks)

@@ -27,13 +27,13 @@ RUNS = {
     "plain": f"GenerativeReplay.py {PLAIN} {THREE}",
     "orders": f"{BOTH} --shuffle-classes",
     "single": f"{BOTH} --n-experiences 10",
-    "domain": f"{ALL} --scenario domain",
+    "domain": f"{BOTH} --scenario domain",
     "inverted": f"{BOTH} --dataset {INVERTED}",
     "fashion": f"{ALL} --dataset fashion",
-    "fashion-single": f"{ALL} --dataset fashion --n-experiences 10",
+    "fashion-single": f"{BOTH} --dataset fashion --n-experiences 10",
     "permuted": f"{BOTH} --scenario permuted --n-experiences 10",
     "permuted-wide": f"{BOTH} --scenario permuted --n-experiences 10 --hidden-units 1000",
-    "ablation": f"-m figures.ablation {THREE}",
+    "ablation": f"-m figures.ablation --iterations 300 {THREE}",
 }
 
 
@@ -52,7 +52,8 @@ def main() -> None:
     Path("figures", "results.json").write_text(text + "\n")
     if {"mnist", "plain"} <= runs.keys():
         plain = [run | {"name": "plain DGR"} for run in runs["plain"]]
-        draw.save(draw.accuracy_so_far(runs["mnist"] + plain), Path("figures", "accuracy.png"))
+        figure = draw.accuracy_so_far(draw.in_order(runs["mnist"]) + plain)
+        draw.save(figure, Path("figures", "accuracy.png"))
 
 
 def done(name: str) -> bool:

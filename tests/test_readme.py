@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, all_constants, run
+from conftest import DATA_DIR, ROOT, all_constants, needs_mnist, run
+
+from figures import reproduce
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTES = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
@@ -62,7 +64,7 @@ REPLACED = r" --(seeds|n-jobs|iterations|results-dir|validation-size|dataset)( (
 KINDS = {
     re.sub(REPLACED, "", command)
     for command in COMMANDS
-    if not re.search(r"--help|--scheduler|figures\.(draw|saved|schematics)|tests/", command)
+    if not re.search(r"--help|--scheduler|figures\.(draw|saved|schem|repro)|tests/", command)
 }
 
 
@@ -75,8 +77,39 @@ def test_a_command(command, tmp_path):
     assert list((tmp_path / "results").rglob("*.png"))
 
 
+def test_numbers_are_those_of_the_results():
+    """Each mean ± standard error that isn't published comes from figures/results.json."""
+    summary = json.loads((ROOT / "figures" / "results.json").read_text())
+    measured = {
+        f"{100 * row[key]['mean']:.2f} ± {100 * row[key]['standard_error']:.2f}"
+        for rows in summary.values()
+        for row in rows.values()
+        for key in ("final_accuracy", "forgetting")
+    }
+    text = TEXT + NOTES.split("## Streams")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if "published" not in line]
+    numbers = re.findall(r"\d+\.\d+ ± \d+\.\d+", "\n".join(lines))
+    assert len(numbers) > 20 and set(numbers) <= measured, set(numbers) - measured
+    assert set(re.findall(r"\| `([a-z-]+)` \|", text)) <= reproduce.RUNS.keys()
+
+
+CODE = re.findall(r"```python\n(.+?)```", TEXT, re.DOTALL)
+
+
+@needs_mnist
+def test_the_stock_benchmark():
+    if not (DATA_DIR / "FashionMNIST").exists():
+        pytest.skip(f"Fashion-MNIST is not in {DATA_DIR}")
+    names = {}
+    exec(CODE[1].replace('"data"', repr(str(DATA_DIR))), names)
+    stream = names["benchmark"].train_stream
+    tensors = [experience.dataset.tensors for experience in stream]
+    assert len(tensors) == 5 and sum(len(x) for x, *_ in tensors) == 60000
+    assert all(0 <= x.min() and x.max() <= 1 and len(y.unique()) == 2 for x, y, _ in tensors)
+
+
 def test_the_stream_of_ones_own(tmp_path):
-    (code,) = re.findall(r"```python\n(.+?)```", TEXT, re.DOTALL)
+    code = CODE[0]
     (tmp_path / "own.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True,
