@@ -151,13 +151,14 @@ class VAE(GenerativeModel):
 
         :param condition: class labels (int64), shape (count,); None: any learned class.
         :return: inputs of the decoder, shape (count, latent_size).
-        :raises ValueError: if a condition is given, but no density is fitted.
+        :raises ValueError: if no density is fitted to a class of the condition.
         """
-        if self.density is not None and len(self.density.labels):
+        fitted = torch.empty(0) if self.density is None else self.density.labels
+        if condition is not None and not torch.isin(condition, fitted.to(condition)).all():
+            raise ValueError("the condition has classes to which no density is fitted")
+        if len(fitted):
             y = self.sample_labels(count) if condition is None else condition
             return self.density.sample(y)
-        if condition is not None:
-            raise ValueError("a VAE without density is unconditional: leave condition at None")
         return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
 
     @torch.no_grad()
@@ -200,7 +201,7 @@ class ClassConditionalGMM(nn.Module):
     encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
     1903.12436, section 4). Ours is per class, so that all classes are replayed equally often.
     A class that returns in a later experience adds a mixture to those that it has, and each of them
-    is sampled equally often: nothing fades. `bytes_per_mixture` says how the memory grows.
+    is sampled equally often. Each takes `bytes_per_mixture` of memory.
 
     :param components: Gaussians in a mixture.
     :param latent_size: dimensions of the latent variable.
@@ -258,7 +259,7 @@ class ClassConditionalGMM(nn.Module):
         :param y: class labels (int64), shape (n,).
         :return: latents, shape (n, latent_size).
         """
-        of_the_class = (self.labels == y[:, None]).float()
+        of_the_class = (self.labels == y.to(self.labels)[:, None]).float()
         mixture = Categorical(of_the_class, validate_args=False).sample()
         component = Categorical(self.weights[mixture], validate_args=False).sample()
         mean, scale = self.means[mixture, component], self.scales[mixture, component]

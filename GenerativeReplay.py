@@ -31,7 +31,7 @@ INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience af
 RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
-INPUT_SHIFT: NonNegativeInt = 1  # pixels that the solver's training images move by; permuted: 0
+INPUT_SHIFT: NonNegativeInt | None = None  # random shift of training images; none: 1, permuted: 0
 INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
@@ -61,7 +61,7 @@ def run_all(
     from joblib import Parallel, delayed
 
     benchmark = Generator.make_benchmark(images, constants)
-    for strategy, changed, _ in planned:  # what can't be built ends the command before any run
+    for strategy, changed, _ in planned:  # end before any run if one can't be built
         try:
             make_scholar(benchmark, changed, strategy)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -163,7 +163,7 @@ def make_scholar(
 ):
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
-    :param benchmark: from `Generator.make_benchmark` or `in_memory_benchmark`.
+    :param benchmark: from `Generator.make_benchmark`, `in_memory_benchmark` or `load_in_memory`.
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
     :param folder: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
@@ -178,7 +178,7 @@ def make_scholar(
 
     solver = make_solver(benchmark, constants)
     arguments = Generator.training_arguments(
-        "solver", solver, constants, constants.ITERATIONS, constants.LEARNING_RATE
+        "solver", solver, constants, constants.ITERATIONS, lr=constants.LEARNING_RATE
     )
     arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
     if strategy in ("naive", "joint"):
@@ -218,8 +218,9 @@ def make_solver(benchmark, constants: BaseModel):
 
     shape, n_classes, normalize = Generator.properties(benchmark, constants)
     units = constants.HIDDEN_UNITS
-    # Permuted pixels have no neighbours whose place they could take.
-    shift = 0 if constants.SCENARIO == "permuted" else constants.INPUT_SHIFT
+    shift = constants.INPUT_SHIFT
+    if shift is None:  # permuted pixels have no neighbours whose place they could take
+        shift = 0 if constants.SCENARIO == "permuted" else 1
     return nn.Sequential(
         normalize,
         # Generated images are a little blurred and a little too typical. Without shift and dropout
@@ -253,7 +254,7 @@ def make_evaluator(logs: Path | None):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 # ------------------------------------------------------------------------------------------------
 
 

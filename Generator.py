@@ -54,7 +54,7 @@ ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600,
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
 LEARNING_RATE: PositiveFloat = 0.003  # of Adam
-ONE_CYCLE: bool = True  # it rises and is annealed to 0 in each experience (Smith & Topin 2018)
+ONE_CYCLE: bool = True  # the rate rises and is annealed to 0 in each experience (Smith & Topin)
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
 GENERATOR: Literal["vae", "cvae", "wgan-gp"] = "vae"  # vae; conditional vae; Wasserstein GAN
 GENERATOR_ITERATIONS: PositiveInt | None = None  # none: as the solver; 5 times that for wgan-gp
@@ -62,7 +62,7 @@ GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver; 0.0
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
-BFLOAT16: bool | None = None  # train with products in bfloat16; none: where the CPU has them
+BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU multiplies in bfloat16
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 RESULTS_DIR: str = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
@@ -89,14 +89,12 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     """
     from functools import partial
 
-    from avalanche.evaluation.metrics import loss_metrics
-
     from GenerativeModel import VAE, WGAN, ClassConditionalGMM, ConditionalVAE, negative_elbo
-    from TrainingInstances import EvaluationOnly, VAETraining, WGANTraining
+    from TrainingInstances import VAETraining, WGANTraining
 
     shape, n_classes, normalize = properties(benchmark, constants)
     units, latent_size = constants.HIDDEN_UNITS, constants.LATENT_SIZE
-    learning_rate, iterations, betas = constants.LEARNING_RATE, constants.ITERATIONS, (0.9, 0.999)
+    learning_rate, iterations, adam = constants.LEARNING_RATE, constants.ITERATIONS, {}
     if constants.GENERATOR == "vae":
         components, latent_size, density = constants.MIXTURE_COMPONENTS, latent_size or 32, None
         if components:
@@ -113,36 +111,26 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
         # The iterations are steps of the critic; every fifth is followed by one of the generator.
         # Betas as in Gulrajani et al.'s code for MNIST, which takes more and smaller steps.
         model, strategy = WGAN(shape, units, latent_size or 32), WGANTraining
-        learning_rate, iterations, betas = 0.003, 5 * iterations, (0.5, 0.9)
+        learning_rate, iterations, adam = 0.003, 5 * iterations, {"betas": (0.5, 0.9)}
     arguments = training_arguments(
         "generator", model, constants,
-        iterations=constants.GENERATOR_ITERATIONS or iterations,
-        learning_rate=constants.GENERATOR_LEARNING_RATE or learning_rate,
-        betas=betas,
+        constants.GENERATOR_ITERATIONS or iterations,
+        lr=constants.GENERATOR_LEARNING_RATE or learning_rate, **adam,
     )  # fmt: skip
-    return strategy(
-        evaluator=EvaluationOnly(loss_metrics(experience=True)), **replay, **arguments
-    )
+    return strategy(**replay, **arguments)
 
 
-def training_arguments(
-    name: str,
-    model,
-    constants: BaseModel,
-    iterations: int,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> dict:
+def training_arguments(name: str, model, constants: BaseModel, iterations: int, **adam) -> dict:
     """Collect the arguments of any strategy: model, Adam, length of training, plugins.
 
-    :param name: what is trained, for messages.
-    :param betas: of Adam.
+    :param name: name of the model in messages.
+    :param adam: learning rate `lr` and the like.
     """
     from torch.optim import Adam
 
     from TrainingInstances import LossRecorder, OneCyclePlugin
 
-    optimizer = Adam(model.parameters(), lr=learning_rate, betas=betas, fused=True)
+    optimizer = Adam(model.parameters(), fused=True, **adam)
     schedule = [OneCyclePlugin(optimizer, iterations)] if constants.ONE_CYCLE else []
     return {
         "model": model,
@@ -234,14 +222,14 @@ def first_of_each_class(benchmark, labels: list[int], device: str) -> tuple:
 
 
 class Images(NamedTuple):
-    """A data set in memory."""
+    """Hold a data set in memory."""
 
     name: str
     train: tuple  # images (float32 in [0, 1], shape (n, C, H, W)), class labels (int64, shape (n,))
     test: tuple
     classes: list[str]  # names of the class labels
     iterations: int = 1600  # minibatches per experience that suit it
-    notice: str = ""  # belongs wherever results are shown
+    notice: str = ""  # shown with all results
 
 
 # torchvision checks the packed files that it downloads, not the unpacked ones that lie in DATA_DIR.
@@ -536,7 +524,7 @@ def choose_device(name: str) -> str:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Tell whether the device is a CPU with instructions for matrix products in bfloat16."""
+    """Tell whether the device is an x86 CPU with instructions for products in bfloat16."""
     import torch
 
     cpu = torch.cpu.get_capabilities()

@@ -27,6 +27,7 @@ from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabe
 from avalanche.benchmarks.utils.classification_dataset import (
     TaskAwareSupervisedClassificationDataset,
 )
+from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import (
     EvaluationPlugin,
     GenerativeReplayPlugin,
@@ -44,7 +45,7 @@ from GenerativeModel import GenerativeModel, critic_loss, negative_elbo
 
 
 class Samples(NamedTuple):
-    """Generated samples of the past, n of them: the replayed part of a minibatch."""
+    """Hold n generated samples of the past: the replayed part of a minibatch."""
 
     x: Tensor  # images in [0, 1], shape (n, C, H, W)
     y: Tensor  # class labels (int64), shape (n,)
@@ -65,7 +66,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     - back-propagates through the frozen generator;
     - lets the old solver choose among all classes, and turns labels and task labels into floats;
-    - has no ratio r: how much the past matters depends on the number of replayed samples;
+    - has no ratio r: the number of replayed samples decides the weight of the past;
     - grows linearly instead of doubling, and not at all if `replay_size` is set;
     - counts replayed samples in the training accuracy;
     - has its generator trained by another plugin, which looks for exactly this type: that of a
@@ -120,22 +121,16 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     @property
     def ratio(self) -> float:
-        """The weight r of the current data in the loss (Shin et al. 2017, eq. 1)."""
+        """Return the weight r of the current data in the loss (Shin et al. 2017, eq. 1)."""
         return 1 / (self.experiences_learned + 1) if self.fixed_ratio is None else self.fixed_ratio
-
-    def amount(self, minibatch_size: int) -> int:
-        """Return the number of replayed samples for a minibatch of so many real ones."""
-        if self.untrained_solver:
-            return 0
-        amount = minibatch_size if self.replay_size is None else self.replay_size
-        doublings = self.experiences_learned - 1 if self.increasing_replay_size else 0
-        return amount * 2**doublings
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate samples of the old scholar to the minibatch."""
-        amount = self.amount(len(strategy.mb_x))
-        if amount == 0:
+        amount = len(strategy.mb_x) if self.replay_size is None else self.replay_size
+        if self.untrained_solver or amount == 0:
             return
+        if self.increasing_replay_size:
+            amount *= 2 ** (self.experiences_learned - 1)
         if not self.ahead or len(self.ahead[0].x) != amount:
             self.generate_ahead(amount)
         self.replayed = self.ahead.pop()
@@ -211,11 +206,11 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
-    """Replay for class-conditional VAEs: align the new decoder with the old, and fit the density.
+    """Align the new decoder of a class-conditional VAE with the old one, and fit its density.
 
-    A generator that learns its own samples like any other image copies them through its noise, and
-    blurs a little more each time. Here the density of the old latents is kept, and only what is
-    decoded from them is learned again: replay alignment, Wu et al. 2018 (arXiv 1809.02058, section
+    A VAE that encodes and decodes its own samples like any other image blurs them a little more
+    each time, by the noise of z. Here the density of the old latents is kept, and only the images
+    decoded from them are learned again: replay alignment, Wu et al. 2018 (arXiv 1809.02058, section
     4.2), with the VAE's own reconstruction loss. The encoder follows the current experience; replay
     doesn't need it any more.
     """
@@ -254,7 +249,8 @@ class ReplayTemplate(SupervisedTemplate):
     :param replay: plugin that extends the minibatches; None: no replay.
     :param iterations: minibatches in an experience, whatever its size, as in van de Ven et al.;
         None: one pass through it, as in Avalanche.
-    :param bfloat16: train with matrix products in bfloat16, all else in float32.
+    :param bfloat16: train in mixed precision: matrix products and what follows them in bfloat16,
+        weights and cross-entropies in float32 (`torch.autocast`).
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 
@@ -264,12 +260,12 @@ class ReplayTemplate(SupervisedTemplate):
         criterion: Callable = partial(cross_entropy, reduction="none"),
         replay: DeepGenerativeReplayPlugin | None = None,
         iterations: int | None = None,
-        bfloat16: bool = False,
+        bfloat16: bool | None = False,
         plugins: Sequence = (),
         **base_kwargs,
     ):
         self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
-        self.bfloat16 = bfloat16
+        self.bfloat16 = bool(bfloat16)
         plugins = [*plugins, *([replay] if replay else [])]
         # Avalanche's own plugins, such as EWC, expect a mean.
         super().__init__(
@@ -298,18 +294,14 @@ class ReplayTemplate(SupervisedTemplate):
         """Compute the loss of each image in the minibatch, shape (batch,)."""
         return self.loss_of_each(self.mb_output, self.mb_y)
 
-    def forward(self) -> Tensor | tuple[Tensor, ...]:
-        """Compute the model's output: without task identity, whatever labels a benchmark has."""
-        return self.model(self.mb_x)
-
     def training_epoch(self, **kwargs):
-        """Train on the minibatches; mixed precision (Kalamkar et al. 2019, arXiv 1905.12322)."""
+        """Train on the minibatches, in bfloat16 if wanted (Kalamkar et al. 2019, 1905.12322)."""
         kind = self.device.type, torch.bfloat16, self.bfloat16
         with torch.autocast(*kind, cache_enabled=False):  # weights change within the context
             super().training_epoch(**kwargs)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
-        """Load `iterations` minibatches, over as many passes as it takes; without, one pass."""
+        """Load `iterations` random minibatches; if it is None, or unshuffled, go through once."""
         data, count = self.adapted_dataset, self.iterations and self.iterations * self.train_mb_size
         rows = RandomSampler(data, num_samples=count) if shuffle else range(len(data))
         self.dataloader = self._loader(rows, self.train_mb_size)
@@ -364,7 +356,7 @@ class JointTraining(ReplayTemplate):
 
 
 class GenerativeReplay(ReplayTemplate):
-    """Deep Generative Replay: train the solver and, after each experience, the generator.
+    """Train the solver with Deep Generative Replay and, after each experience, the generator.
 
     Its `replay` is a `DeepGenerativeReplayPlugin` that is given the generator's strategy.
     """
@@ -411,7 +403,8 @@ class GeneratorTraining(ReplayTemplate):
         labels = "solver" if model.learned_classes() is None else "generator"
         replay = plugin(None, replay_size, increasing_replay_size, ratio, replay_labels=labels)
         base_kwargs |= {"model": model, "criterion": criterion, "replay": replay}
-        super().__init__(evaluator=evaluator or EvaluationOnly(), **base_kwargs)
+        evaluator = evaluator or EvaluationOnly(loss_metrics(experience=True))
+        super().__init__(evaluator=evaluator, **base_kwargs)
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Compute the output of the model for images and their labels."""
@@ -445,7 +438,7 @@ class WGANTraining(GeneratorTraining):
     """Train a `WGAN`: two alternating objectives in Avalanche's loop of one loss and one step.
 
     An iteration is a step of the critic; every n-th is followed by a step of the generator. One
-    optimizer serves both: Adam leaves parameters without gradient, and their moments, alone.
+    optimizer serves both: Adam doesn't touch parameters without gradient, nor their moments.
     Replayed images count as real ones, weighted (Shin et al. 2017, section 3).
 
     :param n_critic: steps of the critic for each of the generator (Gulrajani et al., algorithm 1).
@@ -454,6 +447,7 @@ class WGANTraining(GeneratorTraining):
 
     def __init__(self, *, criterion: Callable = critic_loss, n_critic: int = 5, **base_kwargs):
         self.n_critic = n_critic
+        base_kwargs["bfloat16"] = False  # too coarse for differences of the critic's large scores
         super().__init__(criterion=criterion, **base_kwargs)
 
     def optimizer_step(self):
@@ -579,7 +573,7 @@ class EvaluationOnly(EvaluationPlugin):
     """Evaluate, and skip the hooks of a training iteration.
 
     Avalanche's plugin copies the experience at each of them, a third of a millisecond per iteration
-    even if no metric listens. For training metrics use that one.
+    even if no metric listens. For training metrics use Avalanche's.
     """
 
     def skip(self, strategy: SupervisedTemplate, **kwargs):

@@ -18,7 +18,7 @@ COMPONENTS = {
     "normalized input": {"NORMALIZE": False},
     "input dropout": {"INPUT_DROPOUT": 0.0},
     "input shift": {"INPUT_SHIFT": 0},
-    "one-cycle learning rate": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001},
+    "one cycle and bfloat16": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001, "BFLOAT16": False},
     "soft targets": {"TEMPERATURE": None},
     "class-conditional density": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
     "KL weight": {"KL_WEIGHT": 1.0},

@@ -1,8 +1,8 @@
 """All numbers of the READMEs: `python -m figures.reproduce`, or with names of `RUNS` for some.
 
 The commands run one after the other, two runs at a time with one thread each, and leave their
-results in `results/NAME`. Finished runs are not run again: an interrupted list goes on. At the end
-their means stand in `figures/results.json`, with which a test compares the READMEs.
+results in `results/NAME`. Finished runs are not run again: an interrupted list goes on. Their means
+go to `figures/results.json`, with which a test compares the READMEs.
 """
 
 import json
@@ -38,37 +38,28 @@ RUNS = {
 
 
 def main() -> None:
-    """Run the commands, then collect and draw what has several of them in it."""
-    for name in sys.argv[1:] or RUNS:
+    """Run the commands, write their means, and draw the figure that needs two of them."""
+    names = sys.argv[1:] or list(RUNS)
+    if unknown := set(names) - RUNS.keys():
+        raise results.UserError(f"{min(unknown)!r} isn't one of {', '.join(RUNS)}")
+    path = Path("figures", "results.json")
+    for name in names:
         if name == "inverted" and not INVERTED.exists():
             invert_mnist()
         words = *RUNS[name].split(), "--n-jobs", "2", "--results-dir", f"results/{name}"
         print(f"\n{name}: python {' '.join(words)}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *words], check=True, env=environment)
-    runs = {name: results.read_runs(Path("results", name)) for name in RUNS if done(name)}
-    rows = {name: results.statistics(group) for name, group in runs.items()}
-    text = json.dumps({name: summary(row) for name, row in rows.items()}, indent=1)
-    Path("figures", "results.json").write_text(text + "\n")
-    if {"mnist", "plain"} <= runs.keys():
-        plain = [run | {"name": "plain DGR"} for run in runs["plain"]]
-        figure = draw.accuracy_so_far(draw.in_order(runs["mnist"]) + plain)
+        if code := subprocess.run([sys.executable, *words], env=environment).returncode:
+            sys.exit(code)
+        rows = results.statistics(results.read_runs(Path("results", name)))
+        rows = {row: {key: of[key] for key in ("seeds", *results.KEYS)} for row, of in rows.items()}
+        means = json.loads(path.read_text()) if path.exists() else {}
+        results.save_record(path, means | {name: rows})
+    if {"mnist", "plain"} <= set(names):
+        ours, plain = (results.read_runs(Path("results", name)) for name in ("mnist", "plain"))
+        plain = [run | {"name": "plain DGR"} for run in plain]
+        figure = draw.accuracy_so_far(draw.in_order(ours) + plain)
         draw.save(figure, Path("figures", "accuracy.png"))
-
-
-def done(name: str) -> bool:
-    """Tell whether there are results of a command."""
-    return any(Path("results", name).glob("*/results.json"))
-
-
-def summary(rows: dict) -> dict:
-    """Shorten statistics to seeds, and mean and standard error of what is measured."""
-    kept = ("mean", "standard_error")
-    return {
-        name: {"seeds": len(row["seeds"])}
-        | {key: {k: row[key][k] for k in kept} for key in results.KEYS}
-        for name, row in rows.items()
-    }
 
 
 def invert_mnist() -> None:
@@ -78,11 +69,14 @@ def invert_mnist() -> None:
 
     import Generator
 
+    unfinished = INVERTED.with_name("unfinished")
     for part in ("train", "test"):
-        for number, (image, label) in enumerate(MNIST(Generator.DATA_DIR, part == "train")):
-            path = INVERTED / part / str(label) / f"{number}.png"
+        data = MNIST(Generator.DATA_DIR, part == "train", download=True)
+        for number, (image, label) in enumerate(data):
+            path = unfinished / part / str(label) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             ImageOps.invert(image).save(path)
+    unfinished.rename(INVERTED)
 
 
 if __name__ == "__main__":

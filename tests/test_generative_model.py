@@ -94,7 +94,7 @@ def test_generate_in_evaluation_mode_and_without_gradient_whatever_the_mode(vae,
 
 def test_a_vae_without_density_is_unconditional(vae):
     assert vae.learned_classes() is None
-    with pytest.raises(ValueError, match="without density"):
+    with pytest.raises(ValueError, match="no density"):
         vae.generate(2, condition=torch.zeros(2, dtype=torch.int64))
 
 
@@ -169,6 +169,8 @@ def test_a_vae_generates_from_its_density_and_its_state_holds_it():
     for model in vaes:
         torch.manual_seed(1)
         images.append(model.generate(7, condition))
+    with pytest.raises(ValueError, match="no density"):
+        vaes[0].generate(2, torch.tensor([1, 2]))
     torch.manual_seed(1)
     z = vaes[0].density.sample(condition)
     torch.testing.assert_close(images, [torch.sigmoid(vaes[0].decode(z))] * 2)

@@ -78,10 +78,21 @@ def test_what_suits_each_generator_unless_told_otherwise():
         adam = strategy.optimizer.defaults
         return adam["lr"], adam["betas"], strategy.iterations, strategy.train_mb_size
 
-    assert settings(GENERATOR="vae") == settings(GENERATOR="cvae") == (0.002, (0.9, 0.999), 10, 64)
+    assert settings(GENERATOR="vae") == settings(GENERATOR="cvae") == (0.003, (0.9, 0.999), 10, 64)
     assert settings(GENERATOR="wgan-gp") == (0.003, (0.5, 0.9), 50, 64)
     told = {"GENERATOR_LEARNING_RATE": 0.1, "GENERATOR_ITERATIONS": 3, "BATCH_SIZE": 5}
     assert settings(GENERATOR="wgan-gp", **told) == (0.1, (0.5, 0.9), 3, 5)
+
+
+@pytest.mark.parametrize("generator", ["vae", "cvae", "wgan-gp"])
+def test_generators_train_where_the_processor_has_bfloat16(generator):
+    constants = all_constants(GENERATOR=generator, BFLOAT16=True, ITERATIONS=6)
+    stream = tiny_benchmark()
+    scholar = GenerativeReplay.make_scholar(stream, constants)
+    for experience in stream.train_stream:
+        scholar.train(experience)
+    parameters = [*scholar.model.parameters(), *scholar.replay.generator.parameters()]
+    assert all(part.isfinite().all() and part.dtype == torch.float32 for part in parameters)
 
 
 def untrained(model):
@@ -109,7 +120,7 @@ def test_a_generator_that_does_not_fit():
 def test_the_worked_example_trains_a_scholar_and_survives_an_interruption(monkeypatch):
     strategies = [generators.GaussiansTraining((1, 28, 28), 10) for _ in range(2)]
     monkeypatch.setattr(Generator, "make_generator_strategy", lambda *_, **__: strategies.pop())
-    benchmark, constants = digits(ITERATIONS=40)
+    benchmark, constants = digits(ITERATIONS=120)
     torch.manual_seed(0)
     scholar, resumed = (GenerativeReplay.make_scholar(benchmark, constants) for _ in range(2))
     for experience in benchmark.train_stream[:4]:
