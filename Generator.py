@@ -16,23 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-)  # fmt: skip
+import pydantic
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from figures import results
 from figures.results import UserError
 
 T = TypeVar("T")
-without_repetition = AfterValidator(lambda values: tuple(dict.fromkeys(values)))
+without_repetition = pydantic.AfterValidator(lambda values: tuple(dict.fromkeys(values)))
 Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -58,7 +49,7 @@ ONE_CYCLE: bool = True  # the rate rises and is annealed to 0 in each experience
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
 GENERATOR: Literal["vae", "cvae", "wgan-gp"] = "vae"  # vae; conditional vae; Wasserstein GAN
 GENERATOR_ITERATIONS: PositiveInt | None = None  # none: as the solver; 5 times that for wgan-gp
-GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver; 0.003 for wgan-gp
+GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
@@ -71,9 +62,7 @@ RESULTS_DIR: str = "results"  # where results and figures go
 # errors in the constants shouldn't wait for them.
 
 
-# ------------------------------------------------------------------------------------------------
-# The generator as a strategy
-# ------------------------------------------------------------------------------------------------
+# --- The generator as a strategy ------------------------------------------------------------------
 
 
 def make_generator_strategy(benchmark, constants: BaseModel, **replay):
@@ -94,11 +83,10 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
 
     shape, n_classes, normalize = properties(benchmark, constants)
     units, latent_size = constants.HIDDEN_UNITS, constants.LATENT_SIZE
-    learning_rate, iterations, adam = constants.LEARNING_RATE, constants.ITERATIONS, {}
+    iterations, betas = constants.ITERATIONS, (0.9, 0.999)
     if constants.GENERATOR == "vae":
-        components, latent_size, density = constants.MIXTURE_COMPONENTS, latent_size or 32, None
-        if components:
-            density = ClassConditionalGMM(components, latent_size)
+        latent_size, components = latent_size or 32, constants.MIXTURE_COMPONENTS
+        density = ClassConditionalGMM(components, latent_size) if components else None
         model = VAE(shape, units, latent_size, density, normalize)
         loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
         strategy = partial(VAETraining, criterion=loss)
@@ -111,12 +99,10 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
         # The iterations are steps of the critic; every fifth is followed by one of the generator.
         # Betas as in Gulrajani et al.'s code for MNIST, which takes more and smaller steps.
         model, strategy = WGAN(shape, units, latent_size or 32), WGANTraining
-        learning_rate, iterations, adam = 0.003, 5 * iterations, {"betas": (0.5, 0.9)}
-    arguments = training_arguments(
-        "generator", model, constants,
-        constants.GENERATOR_ITERATIONS or iterations,
-        lr=constants.GENERATOR_LEARNING_RATE or learning_rate, **adam,
-    )  # fmt: skip
+        iterations, betas = 5 * iterations, (0.5, 0.9)
+    iterations = constants.GENERATOR_ITERATIONS or iterations
+    rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
+    arguments = training_arguments("generator", model, constants, iterations, lr=rate, betas=betas)
     return strategy(**replay, **arguments)
 
 
@@ -144,9 +130,7 @@ def training_arguments(name: str, model, constants: BaseModel, iterations: int, 
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# The visualizer
-# ------------------------------------------------------------------------------------------------
+# --- The visualizer -------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -216,9 +200,7 @@ def first_of_each_class(benchmark, labels: list[int], device: str) -> tuple:
     return originals.to(device), torch.tensor(labels).to(device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Data and stream
-# ------------------------------------------------------------------------------------------------
+# --- Data and stream ------------------------------------------------------------------------------
 
 
 class Images(NamedTuple):
@@ -429,9 +411,7 @@ def metric_row(metrics: dict, name: str) -> list[float]:
     return [float(value) for key, value in sorted(metrics.items()) if key.startswith(f"{name}/")]
 
 
-# ------------------------------------------------------------------------------------------------
-# Constants from file and command line
-# ------------------------------------------------------------------------------------------------
+# --- Constants from file and command line ---------------------------------------------------------
 
 
 def read_constants(*scripts: ModuleType) -> BaseModel:
@@ -469,10 +449,10 @@ def read_constants(*scripts: ModuleType) -> BaseModel:
         words = words or ["true"]  # an option alone switches on
         if len(words) == 1 and not isinstance(fields[name][1], tuple):
             changes[name] = None if words[0].lower() == "none" else words[0]
-    config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
+    config = pydantic.ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
     try:
-        return create_model("Constants", __config__=config, **fields)(**changes)
-    except ValidationError as error:
+        return pydantic.create_model("Constants", __config__=config, **fields)(**changes)
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
         name, value = first["loc"][0], repr(first["input"])
         message = first["msg"].removeprefix("Value error, ")

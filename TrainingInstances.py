@@ -39,9 +39,7 @@ from avalanche.training.utils import load_all_dataset
 
 from GenerativeModel import GenerativeModel, critic_loss, negative_elbo
 
-# ------------------------------------------------------------------------------------------------
-# Replay
-# ------------------------------------------------------------------------------------------------
+# --- Replay ---------------------------------------------------------------------------------------
 
 
 class Samples(NamedTuple):
@@ -235,9 +233,7 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
         super().after_training_exp(strategy, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------
-# The strategies
-# ------------------------------------------------------------------------------------------------
+# --- The strategies -------------------------------------------------------------------------------
 
 
 class ReplayTemplate(SupervisedTemplate):
@@ -460,9 +456,7 @@ class WGANTraining(GeneratorTraining):
             super().optimizer_step()
 
 
-# ------------------------------------------------------------------------------------------------
-# Plugins that go with them
-# ------------------------------------------------------------------------------------------------
+# --- Plugins that go with them --------------------------------------------------------------------
 
 
 class OneCyclePlugin(LRSchedulerPlugin):
@@ -591,9 +585,7 @@ class TrainOnly(Sequential):
         return super().forward(x) if self.training else x
 
 
-# ------------------------------------------------------------------------------------------------
-# Data in memory
-# ------------------------------------------------------------------------------------------------
+# --- Data in memory -------------------------------------------------------------------------------
 
 
 def in_memory_dataset(x: Tensor, y: Tensor) -> TaskAwareSupervisedClassificationDataset:
