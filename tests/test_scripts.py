@@ -170,18 +170,22 @@ def test_auto_falls_back_on_the_digits_and_says_so(tmp_path):
         assert arrays["reconstructions"].shape == (2, 10, 1, 28, 28)
 
 
-def test_the_ablation_adds_one_component_after_the_other(tmp_path):
+def test_the_ablation_adds_components_one_by_one_and_leaves_each_out(tmp_path):
     words = *SMALL[:4], "--iterations", 3, "--n-experiences", 2
     done = run("figures.ablation", *words, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "results" / "figures" / "ablation.png").exists()
     names = ["plain DGR", *(f"+ {name}" for name in COMPONENTS)]
     rows = [line.split(", seed 0")[0] for line in table(done.stdout)[1:]]
-    assert rows == [*names, "naive", "joint"]
+    without = [f"without {name}" for name in list(COMPONENTS)[:-1]]
+    assert rows == [*names, *without, "naive", "joint"]
     found = {name: r["constants"] for (name, _), r in records(tmp_path / "results").items()}
     assert found["plain DGR"].items() >= PLAIN_DGR.items() and found[names[-1]] == found["joint"]
     for before, after in zip(names, names[1:]):
         changed = {key for key, value in found[after].items() if found[before][key] != value}
         assert changed == set(COMPONENTS[after.removeprefix("+ ")])
+    for name in without:
+        changed = {key for key, value in found[name].items() if found["joint"][key] != value}
+        assert changed == set(COMPONENTS[name.removeprefix("without ")])
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
