@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Literal
@@ -120,35 +119,28 @@ def run(strategy: str, constants: BaseModel, seed: int, name: str, images: Image
         constants = Generator.seeded(constants, seed)
         benchmark = Generator.make_benchmark(Generator.load_images(constants), constants)
         scholar = make_scholar(benchmark, constants, strategy, folder)
-        generator = scholar.replay and scholar.replay.generator
-        record = results.new_record(constants, images, name, seed)
+        record = results.new_record(constants, images, name, seed) | {"accuracy_matrix": []}
         record["experiences"], names = Generator.stream_names(images, constants)
         record |= {"classes": [names[y] for y in sorted(names)], "label_order": list(names)}
-        state = {"record": record | {"accuracy_matrix": []}, "samples": []}
-        state |= results.load_state(folder, scholar) or {}
-        record, samples = state["record"] | {"name": name}, state["samples"]
-        matrix = record["accuracy_matrix"]
+        state = {"record": record, "samples": [], "losses": []}
 
-        for experience in benchmark.train_stream[len(matrix) :]:
-            started = time.perf_counter()
+        for experience in results.resumable(benchmark.train_stream, scholar, folder, state):
             scholar.train(experience)  # the solver, then the generator
             metrics = scholar.eval(benchmark.test_stream)
-            matrix.append(Generator.metric_row(metrics, "Top1_Acc_Exp"))
-            if generator:
-                samples.append(samples_per_class(scholar, list(names)))
-            record["seconds"] += time.perf_counter() - started
-            results.save_state(folder, scholar, generator, record=record, samples=samples)
-            print(
-                f"{title}: experience {len(matrix)}/{constants.N_EXPERIENCES}, accuracy so far "
-                f"{mean(matrix[-1][: len(matrix)]):.2%}, {record['seconds']:.0f} s",
-                flush=True,
-            )
+            record["accuracy_matrix"].append(Generator.metric_row(metrics, "Top1_Acc_Exp"))
+            state["losses"].append(losses(scholar))
+            if scholar.replay:
+                state["samples"].append(samples_per_class(scholar, list(names)))
+            so_far = record["accuracy_matrix"][-1][: experience.current_experience + 1]
+            state["progress"] = f"accuracy so far {mean(so_far):.2%}"
 
+        matrix = record["accuracy_matrix"]
         record |= {"final_accuracy": mean(matrix[-1]), "forgetting": forgetting(matrix)}
         record["confusion_matrix"] = confusions(scholar, benchmark.test_stream)
-        if samples:
+        if samples := state["samples"]:
             results.save_arrays(folder / "samples.npz", samples=torch.stack(samples).numpy())
-        results.save_arrays(folder / "losses.npz", **losses(scholar))
+        of_all = {key: [part[key] for part in state["losses"]] for key in state["losses"][0]}
+        results.save_arrays(folder / "losses.npz", **of_all)
         results.save_record(folder / "results.json", record)  # last: the run is finished
     return record | {"folder": folder}
 
@@ -303,7 +295,7 @@ def confusions(scholar, stream) -> list[list[int]]:
 
 
 def losses(scholar) -> dict:
-    """Return the losses of solver and generator, arrays of shape (experiences, iterations)."""
+    """Return the latest experience's losses of solver and generator, shape (iterations,)."""
     import torch
 
     from TrainingInstances import LossRecorder
@@ -312,7 +304,7 @@ def losses(scholar) -> dict:
     if scholar.replay:  # that of a user's generator may have no plugins
         plugins += getattr(scholar.replay.generator_strategy, "plugins", [])
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
-    return {recorder.name: torch.stack(recorder.losses).numpy() for recorder in recorders}
+    return {recorder.name: torch.cat(recorder.losses).cpu() for recorder in recorders}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import time
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -156,33 +155,26 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
             benchmark = make_benchmark(images, constants)
             strategy = make_generator_strategy(benchmark, constants)
             generator = strategy.model
-            record = results.new_record(constants, images, "generator", seed)
+            record = results.new_record(constants, images, "generator", seed) | {"loss_matrix": []}
             record["experiences"], names = stream_names(images, constants)
-            state = {"record": record | {"loss_matrix": []}, "pictures": []}
-            state |= results.load_state(folder, strategy) or {}
-            record, pictures = state["record"], state["pictures"]
             originals, labels = first_of_each_class(benchmark, list(names), constants.DEVICE)
+            state = {"record": record, "samples": [], "reconstructions": []}
 
-            for experience in benchmark.train_stream[len(pictures) :]:
-                started = time.perf_counter()
+            for experience in results.resumable(benchmark.train_stream, strategy, folder, state):
                 strategy.train(experience)
                 metrics = strategy.eval(benchmark.test_stream)
                 record["loss_matrix"].append(metric_row(metrics, "Loss_Exp"))
-                pictures.append([generator.generate(20).cpu()])
+                state["samples"].append(generator.generate(20).cpu())
                 if hasattr(generator, "reconstruct"):
-                    pictures[-1].append(generator.reconstruct(originals, labels).cpu())
-                record["seconds"] += time.perf_counter() - started
-                results.save_state(folder, strategy, generator, record=record, pictures=pictures)
-                loss = record["loss_matrix"][-1][len(pictures) - 1]
-                print(
-                    f"{title}: experience {len(pictures)}/{constants.N_EXPERIENCES}, "
-                    f"loss on its images {loss:.1f}, {record['seconds']:.0f} s",
-                    flush=True,
-                )
+                    state["reconstructions"].append(generator.reconstruct(originals, labels).cpu())
+                loss = record["loss_matrix"][-1][experience.current_experience]
+                state["progress"] = f"loss on its images {loss:.1f}"
 
-            kinds = (torch.stack(kind).numpy() for kind in zip(*pictures))
-            arrays = dict(zip(("samples", "reconstructions"), kinds))
-            results.save_arrays(folder / "samples.npz", originals=originals.cpu().numpy(), **arrays)
+            arrays = {"originals": originals.cpu().numpy()}
+            for name in ("samples", "reconstructions"):
+                if state[name]:
+                    arrays[name] = torch.stack(state[name]).numpy()
+            results.save_arrays(folder / "samples.npz", **arrays)
             results.save_record(folder / "generator.json", record)  # last: the run is finished
     record = json.loads((folder / "generator.json").read_text())
     with np.load(folder / "samples.npz") as arrays:

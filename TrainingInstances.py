@@ -188,19 +188,20 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     def state_dict(self) -> dict:
         """Collect what survives from one experience to the next, the generator included."""
         state = {"experiences": self.experiences_learned, "classes": self.seen_classes}
-        return state if self.model_is_generator else state | {"generator": self._saved.state_dict()}
+        if not self.model_is_generator:
+            state["generator"] = self._generator("state_dict")()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was called."""
         if not self.model_is_generator:
-            self._saved.load_state_dict(state["generator"])
+            self._generator("load_state_dict")(state["generator"])
         self.experiences_learned, self.seen_classes = state["experiences"], state["classes"]
         self.untrained_solver = self.experiences_learned == 0
 
-    @property
-    def _saved(self) -> SupervisedTemplate | GenerativeModel:
+    def _generator(self, method: str) -> Callable:
         strategy = self.generator_strategy  # that of a user may have no state beside its model
-        return strategy if hasattr(strategy, "state_dict") else strategy.model
+        return getattr(strategy, method, getattr(strategy.model, method))
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
@@ -378,9 +379,7 @@ class GeneratorTraining(ReplayTemplate):
     :param model: a `GenerativeModel` whose `forward` takes images and their class labels.
     :param criterion: (images, output of the model) -> loss of each image.
     :param plugin: class of the replay plugin.
-    :param replay_size: these three: see `DeepGenerativeReplayPlugin`.
-    :param increasing_replay_size: ..
-    :param ratio: ..
+    :param replay_size, increasing_replay_size, ratio: as for `DeepGenerativeReplayPlugin`.
     :param base_kwargs: as for `ReplayTemplate` (optimizer, iterations, train_mb_size, ...).
     """
 
@@ -525,42 +524,35 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
 
 class LossRecorder(SupervisedPlugin):
-    """Record the loss of each training iteration.
+    """Record the loss of each training iteration of the latest experience.
 
     :param name: what is trained.
     """
 
     def __init__(self, name: str):
         super().__init__()
-        self.name = name
-        self.losses: list[Tensor] = []  # for each experience, shape (iterations,), on the CPU
-        self.current: list[Tensor] = []
+        self.name, self.losses = name, []
+
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Forget the experience before."""
+        self.losses = []
 
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
         """Record the loss, of current and replayed data, as it is minimised."""
-        self.current.append(strategy.loss.detach())
+        self.losses.append(strategy.loss.detach())
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Keep the losses of the experience.
+        """Check the losses.
 
         :raises FloatingPointError: if one of them is infinite or not a number.
         """
-        losses, self.current = torch.cat(self.current).cpu(), []
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
+        infinite = (~torch.cat(self.losses).isfinite()).nonzero()
+        if len(infinite):
+            first = int(infinite[0])
             raise FloatingPointError(
-                f"the loss of the {self.name} is {float(losses[first])} at experience "
+                f"the loss of the {self.name} is {float(self.losses[first])} at experience "
                 f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
             )
-        self.losses.append(losses)
-
-    def state_dict(self) -> dict:
-        """Collect the losses so far."""
-        return {"losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was called."""
-        self.losses = state["losses"]
 
 
 class EvaluationOnly(EvaluationPlugin):
@@ -588,41 +580,35 @@ class TrainOnly(Sequential):
 # --- Data in memory -------------------------------------------------------------------------------
 
 
-def in_memory_dataset(x: Tensor, y: Tensor) -> TaskAwareSupervisedClassificationDataset:
-    """Make the dataset of one experience, for any Avalanche benchmark, from tensors.
-
-    Our strategies feed from its `tensors`. A subset of it, or one that a plugin has extended,
-    doesn't have them any more and goes through Avalanche's own data loader.
-
-    :param x: images in [0, 1], shape (n, C, H, W).
-    :param y: class labels (int64), shape (n,).
-    :raises ValueError: if pixels lie outside [0, 1].
-    """
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(
-            f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: leave "
-            "Normalize out of the transforms, solver and generator normalize what they see"
-        )
-    attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
-    dataset = TaskAwareSupervisedClassificationDataset(
-        [TensorDataset(x, y)], data_attributes=attributes
-    )
-    dataset.tensors = (x, y, torch.zeros_like(y))
-    return dataset
-
-
 def in_memory_benchmark(
     train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]
 ) -> CLScenario:
     """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
 
-    :param train: images and class labels of each experience, as for `in_memory_dataset`.
+    Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
+    has extended, doesn't have them any more and goes through Avalanche's own data loader.
+
+    :param train: for each experience images in [0, 1], shape (n, C, H, W), and their class labels
+        (int64), shape (n,).
     :param test: the same for its test set.
     :return: a benchmark with `train_stream` and `test_stream`.
+    :raises ValueError: if pixels lie outside [0, 1].
     """
-    streams = {"train": train, "test": test}
-    datasets = {name: [in_memory_dataset(x, y) for x, y in s] for name, s in streams.items()}
-    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+    streams = {"train": [], "test": []}
+    for stream, pairs in zip(streams.values(), (train, test)):
+        for x, y in pairs:
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError(
+                    f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
+                    "leave Normalize out of the transforms, solver and generator normalize"
+                )
+            attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
+            dataset = TaskAwareSupervisedClassificationDataset(
+                [TensorDataset(x, y)], data_attributes=attributes
+            )
+            dataset.tensors = (x, y, torch.zeros_like(y))
+            stream.append(dataset)
+    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**streams)))
 
 
 def load_in_memory(benchmark: CLScenario) -> CLScenario:

@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,29 +106,8 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(temporary, **arrays)
 
 
-def save_state(folder: Path, strategy, generator, **progress) -> None:
-    """Save what a run needs to go on after an experience: tensors and plain values.
-
-    :param strategy: a `ReplayTemplate`.
-    :param generator: its generator, or None.
-    :param progress: whatever else `load_state` is to return.
-    """
-    import torch
-
-    state = {
-        "run": folder.name,
-        "strategy": strategy.state_dict(),
-        "generator": generator and generator.state_dict(),  # for figures/saved_generator.py
-        "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-    }
-    buffer = BytesIO()
-    torch.save(state | progress, buffer)
-    with atomic(folder / "state.pt") as path:
-        path.write_bytes(buffer.getvalue())
-
-
 def read_state(path: Path) -> dict:
-    """Read what `save_state` has saved, all tensors on the CPU, without running any code in it."""
+    """Read the state that a run has left, all tensors on the CPU, without running any code in it."""
     import torch
 
     try:
@@ -141,21 +121,55 @@ def read_state(path: Path) -> dict:
     raise UserError(f"{path} is no state of this run ({reason}); move it away to start anew")
 
 
-def load_state(folder: Path, strategy) -> dict | None:
+def load_state(folder: Path, strategy) -> dict:
     """Bring a new strategy, and torch's random numbers, to where an interrupted run has ended.
 
-    :return: the saved state, or None if there is none.
+    :return: the saved state; empty if there is none.
     """
     import torch
 
     if not (folder / "state.pt").exists():
-        return None
+        return {}
     state = read_state(folder / "state.pt")
     strategy.load_state_dict(state["strategy"])
     cpu, *cuda = state["random"]
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     return state
+
+
+def resumable(stream, strategy, folder: Path, run: dict) -> Iterator:
+    """Yield the experiences that a run has not learned yet; save it and say so after each.
+
+    :param strategy: a `ReplayTemplate` that is trained meanwhile.
+    :param run: its `record`, `progress` (a text), and lists of whatever else is to be saved.
+    """
+    import torch
+
+    record, saved = run["record"], load_state(folder, strategy)
+    record.update(saved.get("record", {}), name=record["name"])
+    run.update({name: saved[name] for name in saved.keys() & run.keys() - {"record"}})
+    for experience in stream[run.setdefault("learned", saved.get("learned", 0)) :]:
+        started = time.perf_counter()
+        yield experience
+        record["seconds"] += time.perf_counter() - started
+        run["learned"] += 1
+        generator = strategy.replay and strategy.replay.generator
+        state = {
+            "run": folder.name,
+            "strategy": strategy.state_dict(),
+            "generator": generator and generator.state_dict(),  # for figures/saved_generator.py
+            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+        }
+        buffer = BytesIO()
+        torch.save(state | run, buffer)
+        with atomic(folder / "state.pt") as path:
+            path.write_bytes(buffer.getvalue())
+        print(
+            f"{record['name']}, seed {record['seed']}: experience {run['learned']}/{len(stream)}, "
+            f"{run['progress']}, {record['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def new_record(constants, images, name: str, seed: int) -> dict:
