@@ -16,7 +16,6 @@ from figures import draw, results
 # The components in the order in which they are added, and the constants that turn each off.
 COMPONENTS = {
     "normalized input": {"NORMALIZE": False},
-    "input dropout": {"INPUT_DROPOUT": 0.0},
     "input shift": {"INPUT_SHIFT": 0},
     "one cycle and bfloat16": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001, "BFLOAT16": False},
     "soft targets": {"TEMPERATURE": None},

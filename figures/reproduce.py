@@ -18,22 +18,21 @@ from figures.ablation import PLAIN_DGR
 PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "BFLOAT16": False}
 PLAIN = " ".join(f"--{name.lower().replace('_', '-')} {value}" for name, value in PUBLISHED.items())
 INVERTED = Path("results", "images", "inverted-mnist")
-THREE = "--seeds 0 1 2"
-TEN = "--seeds 0 1 2 3 4 5 6 7 8 9"
-ALL = f"GenerativeReplay.py --strategies replay naive joint er {THREE}"
-BOTH = f"GenerativeReplay.py --strategies replay joint {THREE}"
+SEEDS = "--seeds 0 1 2"
+ALL = "GenerativeReplay.py --strategies replay joint er naive"
 RUNS = {
-    "mnist": f"GenerativeReplay.py --strategies replay naive joint er {TEN}",
-    "plain": f"GenerativeReplay.py {PLAIN} {THREE}",
-    "orders": f"{BOTH} --shuffle-classes",
-    "single": f"{BOTH} --n-experiences 10",
-    "domain": f"{BOTH} --scenario domain",
-    "inverted": f"{BOTH} --dataset {INVERTED}",
-    "fashion": f"{ALL} --dataset fashion",
-    "fashion-single": f"{BOTH} --dataset fashion --n-experiences 10",
-    "permuted": f"{BOTH} --scenario permuted --n-experiences 10",
-    "permuted-wide": f"{BOTH} --scenario permuted --n-experiences 10 --hidden-units 1000",
-    "ablation": f"-m figures.ablation --iterations 300 {THREE}",
+    "mnist": f"{ALL} --seeds 0 1 2 3 4 5 6 7 8 9",
+    "plain": f"GenerativeReplay.py {PLAIN} {SEEDS}",
+    "ablation": f"-m figures.ablation {SEEDS}",
+    "orders": f"{ALL} {SEEDS} --shuffle-classes",
+    "single": f"{ALL} {SEEDS} --n-experiences 10",
+    "domain": f"{ALL} {SEEDS} --scenario domain",
+    "inverted": f"{ALL} {SEEDS} --dataset {INVERTED}",
+    "fashion": f"{ALL} {SEEDS} --dataset fashion",
+    "fashion-single": f"{ALL} {SEEDS} --dataset fashion --n-experiences 10",
+    "permuted": f"{ALL} {SEEDS} --scenario permuted --n-experiences 10",
+    "permuted-wide": f"{ALL} {SEEDS} --scenario permuted --n-experiences 10 --hidden-units 1000",
+    "generators": f"-m figures.generators {SEEDS}",
 }
 
 

@@ -107,7 +107,7 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """Read the state that a run has left, all tensors on the CPU, without running any code in it."""
+    """Read the state that a run has left, all tensors on the CPU; no code in it is run."""
     import torch
 
     try:
