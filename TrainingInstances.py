@@ -85,6 +85,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """
 
     AHEAD = 2048  # images that are generated at a time, at most
+    saved = ("experiences_learned", "seen_classes", "untrained_solver")  # to go on from
 
     def __init__(
         self,
@@ -95,11 +96,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         temperature: float | None = None,
         replay_labels: str = "solver",
     ):
-        super().__init__(
-            generator_strategy, untrained_solver=True,
-            replay_size=replay_size, increasing_replay_size=increasing_replay_size,
-        )  # fmt: skip
-        self.model_is_generator = generator_strategy is None
+        super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
         self.fixed_ratio, self.temperature, self.replay_labels = ratio, temperature, replay_labels
         if generator_strategy is not None:
             model = generator_strategy.model
@@ -157,7 +154,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         x = generator.generate(amount)
         if solver is None:
             return Samples(x, torch.zeros(amount, dtype=torch.int64))
-        all_logits = solver(x).float()
+        all_logits = solver(x).float()  # softmax in bfloat16 would be coarse
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
         targets = None if self.temperature is None else (logits / self.temperature).softmax(1)
@@ -184,24 +181,6 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             new_classes = strategy.experience.dataset.targets.uniques
             self.seen_classes = sorted({*self.seen_classes, *map(int, new_classes)})
             self.generator_strategy.train(strategy.experience, **kwargs)
-
-    def state_dict(self) -> dict:
-        """Collect what survives from one experience to the next, the generator included."""
-        state = {"experiences": self.experiences_learned, "classes": self.seen_classes}
-        if not self.model_is_generator:
-            state["generator"] = self._generator("state_dict")()
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was called."""
-        if not self.model_is_generator:
-            self._generator("load_state_dict")(state["generator"])
-        self.experiences_learned, self.seen_classes = state["experiences"], state["classes"]
-        self.untrained_solver = self.experiences_learned == 0
-
-    def _generator(self, method: str) -> Callable:
-        strategy = self.generator_strategy  # that of a user may have no state beside its model
-        return getattr(strategy, method, getattr(strategy.model, method))
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
@@ -314,32 +293,6 @@ class ReplayTemplate(SupervisedTemplate):
         tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
         # Whole minibatches are taken out of the tensors, not sample by sample.
         return DataLoader(tensors, None, sampler=BatchSampler(rows, batch_size, drop_last=False))
-
-    def state_dict(self) -> dict:
-        """Collect what survives from one experience to the next: model, optimizer, clock, plugins.
-
-        Tensors and plain values, so that `torch.load` reads it with `weights_only=True`. A plugin
-        that remembers something takes part if it has these two methods.
-        """
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "clock": dict(vars(self.clock)),
-            "plugins": [plugin.state_dict() for plugin in self._stateful()],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was called, in a strategy that was built in the same way."""
-        self.model.to(self.device)
-        self.make_optimizer(reset_optimizer_state=True)  # else the next train() resets the state
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        vars(self.clock).update(state["clock"])
-        for plugin, saved in zip(self._stateful(), state["plugins"], strict=True):
-            plugin.load_state_dict(saved)
-
-    def _stateful(self) -> list:
-        return [plugin for plugin in self.plugins if hasattr(plugin, "state_dict")]
 
 
 class JointTraining(ReplayTemplate):
@@ -494,6 +447,8 @@ class ExperienceReplayPlugin(SupervisedPlugin):
     :param mem_size: number of images to store.
     """
 
+    saved = ("stored",)
+
     def __init__(self, mem_size: int):
         super().__init__()
         self.mem_size = mem_size
@@ -513,14 +468,6 @@ class ExperienceReplayPlugin(SupervisedPlugin):
             new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
         chosen = new[-1].argsort(descending=True)[: self.mem_size]
         self.stored = [part[chosen] for part in new]
-
-    def state_dict(self) -> dict:
-        """Collect the stored images and their keys."""
-        return {"stored": self.stored}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was called."""
-        self.stored = state["stored"]
 
 
 class LossRecorder(SupervisedPlugin):

@@ -106,6 +106,40 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(temporary, **arrays)
 
 
+def with_generator(strategy) -> list:
+    """Return a strategy and, if it replays with the generator of another one, that one."""
+    other = strategy.replay and strategy.replay.generator_strategy
+    return [strategy] if other in (None, strategy) else [strategy, other]
+
+
+def strategy_state(strategy) -> dict:
+    """Collect what a strategy carries from one experience to the next: tensors and plain values.
+
+    A plugin names its share in `saved`. Another strategy than Avalanche's has its model alone.
+    """
+    state = {"model": strategy.model.state_dict()}
+    if hasattr(strategy, "plugins"):
+        state["optimizer"] = strategy.optimizer.state_dict()
+        state["clock"] = dict(vars(strategy.clock))
+        state["plugins"] = [
+            {name: getattr(plugin, name) for name in getattr(plugin, "saved", ())}
+            for plugin in strategy.plugins
+        ]
+    return state
+
+
+def load_strategy_state(strategy, state: dict) -> None:
+    """Go on where `strategy_state` was called, in a strategy that was built in the same way."""
+    strategy.model.load_state_dict(state["model"])
+    if "plugins" in state:
+        strategy.model.to(strategy.device)
+        strategy.make_optimizer(reset_optimizer_state=True)  # else the next train() resets it
+        strategy.optimizer.load_state_dict(state["optimizer"])
+        vars(strategy.clock).update(state["clock"])
+        for plugin, saved in zip(strategy.plugins, state["plugins"], strict=True):
+            vars(plugin).update(saved)
+
+
 def read_state(path: Path) -> dict:
     """Read the state that a run has left, all tensors on the CPU; no code in it is run."""
     import torch
@@ -131,7 +165,8 @@ def load_state(folder: Path, strategy) -> dict:
     if not (folder / "state.pt").exists():
         return {}
     state = read_state(folder / "state.pt")
-    strategy.load_state_dict(state["strategy"])
+    for part, saved in zip(with_generator(strategy), state["strategies"], strict=True):
+        load_strategy_state(part, saved)
     cpu, *cuda = state["random"]
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
@@ -157,7 +192,7 @@ def resumable(stream, strategy, folder: Path, run: dict) -> Iterator:
         generator = strategy.replay and strategy.replay.generator
         state = {
             "run": folder.name,
-            "strategy": strategy.state_dict(),
+            "strategies": [strategy_state(part) for part in with_generator(strategy)],
             "generator": generator and generator.state_dict(),  # for figures/saved_generator.py
             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 import GenerativeReplay
 import Generator
 import TrainingInstances as instances
-from figures import generators
+from figures import generators, results
 from GenerativeModel import WGAN, ConditionalVAE, critic_loss
 from TrainingInstances import DeepGenerativeReplayPlugin, in_memory_benchmark
 
@@ -125,7 +125,8 @@ def test_the_worked_example_trains_a_scholar_and_survives_an_interruption(monkey
     scholar, resumed = (GenerativeReplay.make_scholar(benchmark, constants) for _ in range(2))
     for experience in benchmark.train_stream[:4]:
         scholar.train(experience)
-    resumed.load_state_dict(copy.deepcopy(scholar.state_dict()))
+    for old, new in zip(*map(results.with_generator, (scholar, resumed))):
+        results.load_strategy_state(new, copy.deepcopy(results.strategy_state(old)))
     rows = []
     for each in (scholar, resumed):
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from torch import nn
 import GenerativeModel
 import GenerativeReplay
 import TrainingInstances
+from figures import results
 from TrainingInstances import in_memory_benchmark
 
 
@@ -184,7 +185,7 @@ def trained_scholar(**changes):
 def carried_over(scholar):
     """List all that is left of a run: the scholar, its state and the modules' globals."""
     strategies = scholar, scholar.replay.generator_strategy
-    states = [strategy.state_dict() for strategy in strategies]
+    states = [results.strategy_state(strategy) for strategy in strategies]
     return [*strategies, states, vars(TrainingInstances), vars(GenerativeModel)]
 
 
