@@ -7,7 +7,6 @@ option of GenerativeReplay.py. Edit the components here.
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 import GenerativeReplay
 import Generator
@@ -46,24 +45,30 @@ def main() -> None:
 
 @plt.rc_context(draw.STYLE)
 def ablation(runs: list[dict]) -> plt.Figure:
-    """Draw the final accuracy of each step with its standard error.
+    """Draw the final accuracy with each component added, and with each left out.
 
     The lower bound is left to the table: drawn here, it would push all others into a corner.
     """
-    runs = [run for run in runs if run["name"] != "naive"]
     rows = {name: row["final_accuracy"] for name, row in results.statistics(runs).items()}
-    means = [100 * row["mean"] for row in rows.values()]
-    errors = [100 * (row["standard_error"] or 0) for row in rows.values()]
-    figure, axes = plt.subplots(figsize=(0.85 * draw.WIDTH, 0.1 * draw.WIDTH + 0.3 * len(rows)))
-    y = np.arange(len(rows))
-    axes.errorbar(means, y, xerr=errors, fmt="o", color=draw.COLOURS[0], capsize=3)
-    for position, value in zip(y, means):
-        axes.annotate(f"{value:.1f}", (value, position), (0, 7), textcoords="offset points",
-                      ha="center", fontsize="small",
-                      bbox={"color": "white", "pad": 0.5})  # fmt: skip
-    axes.set_yticks(y, rows)
-    axes.set(xlabel="final accuracy (%)", ylim=(len(rows) - 0.5, -0.8))
+    steps = ["plain DGR", *(f"+ {component}" for component in COMPONENTS), "joint"]
+    left_out = [f"without {component}" for component in COMPONENTS]
+    left_out[-1] = steps[-3]  # without the last: the step before
+    series = (
+        ("on top of those above it", steps, range(len(steps)), "o", 7),
+        ("left out, all others kept", left_out, range(1, len(steps) - 1), "s", -14),
+    )
+    figure, axes = plt.subplots(figsize=(0.85 * draw.WIDTH, 0.12 * draw.WIDTH + 0.45 * len(steps)))
+    for colour, (label, names, y, marker, offset) in zip(draw.COLOURS, series):
+        means = [100 * rows[name]["mean"] for name in names]
+        errors = [100 * (rows[name]["standard_error"] or 0) for name in names]
+        axes.errorbar(means, y, xerr=errors, fmt=marker, color=colour, capsize=3, label=label)
+        for value, position in zip(means, y):
+            axes.annotate(f"{value:.1f}", (value, position), (0, offset), color=colour,
+                          textcoords="offset points", ha="center", fontsize="small")  # fmt: skip
+    axes.set_yticks(range(len(steps)), steps)
+    axes.set(xlabel="final accuracy (%)", ylim=(len(steps) - 0.4, -0.8))
     axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower left")
     iterations = runs[0]["constants"]["ITERATIONS"]
     axes.set_title(draw.title(f"What each component brings at {iterations} iterations", runs))
     return figure
