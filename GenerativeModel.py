@@ -21,8 +21,8 @@ class GenerativeModel(nn.Module, ABC):
     """Define the contract of a generator: generate images of everything learned so far.
 
     To be trained by `GeneratorTraining` it also needs `forward(images, labels)`.
-    Replay calls `generate` on a frozen deep copy. All that has to survive from one experience to
-    the next therefore lives in parameters and buffers, and no training image may be kept.
+    Replay samples from a frozen deep copy. An interrupted run goes on from the `state_dict`: all
+    that has to survive lives in parameters and buffers, and no training image may be kept.
     A class-conditional generator also says which classes it can be asked for.
     """
 
@@ -125,7 +125,7 @@ class VAE(GenerativeModel):
         :param x: images in [0, 1], shape (batch, C, H, W).
         :param y: their class labels, for `decoder_input`.
         :param replayed: m inputs of the decoder, to be decoded behind those of the images. They
-            count as samples of the prior (mean 0, variance 1), without a divergence from it.
+            get z_mean 0 and z_log_var 0, so that their divergence from the prior is 0.
         :return: logits (batch + m, C, H, W), z_mean and z_log_var (batch + m, latent_size): the
             arguments of `negative_elbo`.
         """
@@ -186,7 +186,7 @@ def negative_elbo(
     :param kl_weight: β.
     :return: one loss for each image, shape (batch,).
     """
-    logits, z_mean, z_log_var = (part.float() for part in output)  # whatever the products were in
+    logits, z_mean, z_log_var = (part.float() for part in output)  # not in bfloat16
     pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     reconstruction = pixels.flatten(1).sum(1)
     kl = 0.5 * (z_log_var.exp() + z_mean.square() - 1 - z_log_var).sum(1)
@@ -376,7 +376,7 @@ class WGAN(GenerativeModel):
 def critic_loss(x: Tensor, output: tuple[Tensor, Tensor, Tensor], penalty: float = 10) -> Tensor:
     """Compute the loss of the critic of a `WGAN` for each image (Gulrajani et al. 2017, eq. 3).
 
-    It is the score of a generated image minus that of a real one, and λ·(‖gradient‖ - 1)², which
+    It is the score of a generated image minus that of a real one, plus λ·(‖gradient‖ - 1)², which
     keeps the score from changing faster than the image (arXiv 1704.00028).
 
     :param x: images, whose scores are in `output` already.

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Literal
 
+from joblib import Parallel, delayed, parallel_config
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 import Generator
@@ -56,8 +57,6 @@ def run_all(
     :param planned: strategy, constants, and name in tables and figures.
     :return: the records of the runs.
     """
-    from joblib import Parallel, delayed
-
     benchmark = Generator.make_benchmark(images, constants)
     for strategy, changed, _ in planned:  # end before any run if one can't be built
         try:
@@ -75,8 +74,6 @@ def run_all(
 
 def backend(constants: BaseModel):
     """Choose where joblib runs: in processes of this machine, or on the workers of SCHEDULER."""
-    from joblib import parallel_config
-
     if constants.SCHEDULER is None:
         # joblib cleans up what an interruption leaves behind, and need not say so.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -157,21 +154,17 @@ def make_scholar(
     :param folder: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
     """
-    from TrainingInstances import (
-        DeepGenerativeReplayPlugin,
-        ExperienceReplayPlugin,
-        GenerativeReplay,
-        JointTraining,
-        ReplayTemplate,
-    )  # fmt: skip
+    import TrainingInstances as instances
 
     solver = make_solver(benchmark, constants)
     arguments = Generator.training_arguments(
         "solver", solver, constants, constants.ITERATIONS, lr=constants.LEARNING_RATE
     )
     arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
-    if strategy in ("naive", "joint"):
-        return (JointTraining if strategy == "joint" else ReplayTemplate)(**arguments)
+    if strategy == "naive":
+        return instances.ReplayTemplate(**arguments)
+    if strategy == "joint":
+        return instances.JointTraining(**arguments)
     replay = {
         "replay_size": constants.REPLAY_SIZE,
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
@@ -187,15 +180,15 @@ def make_scholar(
             mixtures = sum(len(e.classes_in_this_experience) for e in benchmark.train_stream)
             size += mixtures * generator.density.bytes_per_mixture
         shape, *_ = Generator.properties(benchmark, constants)
-        arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(shape)))
-        return ReplayTemplate(**arguments)
-    plugin = DeepGenerativeReplayPlugin(
+        arguments["plugins"].append(instances.ExperienceReplayPlugin(size // math.prod(shape)))
+        return instances.ReplayTemplate(**arguments)
+    plugin = instances.DeepGenerativeReplayPlugin(
         generator_strategy,
         temperature=constants.TEMPERATURE,
         replay_labels=constants.REPLAY_LABELS,
         **replay,
     )
-    return GenerativeReplay(replay=plugin, **arguments)
+    return instances.GenerativeReplay(replay=plugin, **arguments)
 
 
 def make_solver(benchmark, constants: BaseModel):
@@ -266,9 +259,10 @@ def samples_per_class(scholar, labels: list[int]):
 
 
 def forgetting(matrix: list[list[float]]) -> float:
-    """Average over the earlier experiences the best accuracy ever minus the final accuracy.
+    """Average over the earlier experiences the best accuracy before the last one minus the final.
 
-    Chaudhry et al. 2018 (arXiv 1801.10112), section 3.1. Zero for a single experience.
+    Chaudhry et al. 2018 (arXiv 1801.10112), section 3.1. Zero for a single experience, negative
+    where the last one has helped.
 
     :param matrix: row i: accuracy on every experience after training on experience i.
     """

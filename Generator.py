@@ -1,21 +1,27 @@
 """The generator of the scholar as a trainable strategy, and a visualizer of its samples.
 
-`make_generator_strategy` wraps the generator into a strategy, to be passed to `GenerativeReplay`.
-Run as a script it trains the generator alone along the stream and draws, after each experience,
-samples and reconstructions. The constants, the data and the stream serve both scripts.
+`make_generator_strategy` wraps the generator into a strategy, to be passed to
+`DeepGenerativeReplayPlugin`. Run as a script it trains the generator alone along the stream, and
+draws samples and reconstructions from after each experience. The constants, the data and the stream
+serve both scripts.
 """
 
 import argparse
 import json
 import os
 import re
+import socket
 import sys
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
+import joblib
+import numpy as np
 import pydantic
+from filelock import FileLock
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from figures import results
@@ -75,8 +81,6 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     :param replay: replay_size, increasing_replay_size, ratio; see `DeepGenerativeReplayPlugin`.
     :return: a strategy with the generator as `model`, and `train(experience)`.
     """
-    from functools import partial
-
     from GenerativeModel import VAE, WGAN, ClassConditionalGMM, ConditionalVAE, negative_elbo
     from TrainingInstances import VAETraining, WGANTraining
 
@@ -142,7 +146,6 @@ def main() -> None:
 
 def run(images: "Images", constants: BaseModel, seed: int) -> None:
     """Train on each experience, then sample, reconstruct and evaluate; draw the picture."""
-    import numpy as np
     import torch
 
     from figures import draw
@@ -170,11 +173,9 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
                 loss = record["loss_matrix"][-1][experience.current_experience]
                 state["progress"] = f"loss on its images {loss:.1f}"
 
-            arrays = {"originals": originals.cpu().numpy()}
-            for name in ("samples", "reconstructions"):
-                if state[name]:
-                    arrays[name] = torch.stack(state[name]).numpy()
-            results.save_arrays(folder / "samples.npz", **arrays)
+            kinds = [kind for kind in ("samples", "reconstructions") if state[kind]]
+            arrays = {kind: torch.stack(state[kind]).numpy() for kind in kinds}
+            results.save_arrays(folder / "samples.npz", originals=originals.cpu().numpy(), **arrays)
             results.save_record(folder / "generator.json", record)  # last: the run is finished
     record = json.loads((folder / "generator.json").read_text())
     with np.load(folder / "samples.npz") as arrays:
@@ -259,11 +260,8 @@ def load_published(name: str, data_dir: str) -> Images:
 
     :param name: "MNIST", "FashionMNIST" or "KMNIST".
     :raises ConnectionError: if it can't be downloaded.
-    :raises UserError: if a file is there, but isn't the published one.
+    :raises UserError: if a file of (Fashion-)MNIST is there, but isn't the published one.
     """
-    import socket
-
-    from filelock import FileLock
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -278,7 +276,7 @@ def load_published(name: str, data_dir: str) -> Images:
             with FileLock(Path(data_dir, "lock")):  # two copies of a command
                 kind(data_dir, download=True)
         train, test = (kind(data_dir, train=train) for train in (True, False))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
         text = f"{files[0]} is missing and can't be downloaded ({reason}); set DATA_DIR to the "
         raise ConnectionError(text + f"folder of {name}, or DATASET to 'digits'") from error
@@ -309,12 +307,11 @@ def load_folder(folder: Path, size: int | None) -> Images:
     """Load a folder of images: `train/` and `test/`, with a subfolder for each class.
 
     Images without colour get one channel. The name of the data set gets a checksum, so that results
-    of other images have other names.
+    of other images or labels have other names.
 
     :param size: height and width to resize the images to; None: as they are, all the same.
     :raises UserError: if the folder isn't like that.
     """
-    import joblib
     import torch
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -337,7 +334,7 @@ def load_folder(folder: Path, size: int | None) -> Images:
     parts = list(zip(map(torch.stack, images), labels))
     if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
         parts = [(x[:, :1].contiguous(), y) for x, y in parts]
-    digest = joblib.hash([x.numpy() for x, _ in parts])[:8]
+    digest = joblib.hash([part.numpy() for pair in parts for part in pair])[:8]
     return Images(f"{folder.resolve().name}-{digest}", *parts, train.classes)
 
 
@@ -371,8 +368,6 @@ def make_benchmark(images: Images, constants: BaseModel):
 
 def stream_names(images: Images, constants: BaseModel) -> tuple[list[str], dict[int, str]]:
     """Name the experiences of the stream, and its labels in the order of their arrival."""
-    import numpy as np
-
     if constants.SCENARIO == "permuted":
         experiences = [f"permutation {i}" for i in range(1, constants.N_EXPERIENCES + 1)]
         return experiences, dict(enumerate(images.classes))

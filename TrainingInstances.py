@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-# Avalanche warns at import of two solvers that are only needed for GEM.
+# Only GEM needs the solvers that are missed at import, and an evaluator needs no loggers.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
 warnings.filterwarnings("ignore", message="No loggers specified")
 from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
@@ -63,8 +63,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     class, in that it
 
     - back-propagates through the frozen generator;
-    - lets the old solver choose among all classes, and turns labels and task labels into floats;
-    - has no ratio r: the number of replayed samples decides the weight of the past;
+    - lets the old solver choose among all classes, and turns task labels into floats;
+    - has no ratio r: by default the number of replayed samples decides the weight of the past;
     - grows linearly instead of doubling, and not at all if `replay_size` is set;
     - counts replayed samples in the training accuracy;
     - has its generator trained by another plugin, which looks for exactly this type: that of a
@@ -84,7 +84,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :raises ValueError: if the generator is to label and a temperature is given.
     """
 
-    AHEAD = 2048  # images that are generated at a time, at most
+    AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
     saved = ("experiences_learned", "seen_classes", "untrained_solver")  # to go on from
 
     def __init__(
@@ -200,16 +200,14 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
         y = torch.zeros(amount, dtype=torch.int64)  # unused: nothing here depends on labels
         return Samples(x, y, decoder_input=decoder_input)
 
+    @torch.no_grad()
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Fit the density of the latents to the experience's encodings, if there is a density."""
-        if strategy.model.density is not None:
+        model, device = strategy.model, strategy.device
+        if model.density is not None:
             strategy.make_eval_dataloader(**kwargs)
-            with torch.no_grad():
-                batches = [
-                    (strategy.model.encode(x.to(strategy.device))[0], y)
-                    for x, y, *_ in strategy.dataloader
-                ]
-            strategy.model.density.fit(*map(torch.cat, zip(*batches)))
+            batches = [(model.encode(x.to(device))[0], y) for x, y, *_ in strategy.dataloader]
+            model.density.fit(*map(torch.cat, zip(*batches)))
         super().after_training_exp(strategy, **kwargs)
 
 
@@ -262,7 +260,7 @@ class ReplayTemplate(SupervisedTemplate):
 
     @property
     def n_real(self) -> int:
-        """Number of real images in the minibatch; those behind them are replayed."""
+        """Count the real images in the minibatch; those behind them are replayed."""
         replayed = self.replay.replayed if self.replay else None
         return len(self.mb_x) - (len(replayed.x) if replayed else 0)
 
@@ -296,7 +294,7 @@ class ReplayTemplate(SupervisedTemplate):
 
 
 class JointTraining(ReplayTemplate):
-    """Train on all experiences so far: the upper bound."""
+    """Train on all experiences so far, as a reference."""
 
     def train_dataset_adaptation(self, **kwargs):
         """Join the data of the experience and of all before it."""
@@ -345,14 +343,12 @@ class GeneratorTraining(ReplayTemplate):
         replay_size: int | None = None,
         increasing_replay_size: bool = False,
         ratio: float | None = None,
-        evaluator: EvaluationPlugin | None = None,
         **base_kwargs,
     ):
         labels = "solver" if model.learned_classes() is None else "generator"
         replay = plugin(None, replay_size, increasing_replay_size, ratio, replay_labels=labels)
-        base_kwargs |= {"model": model, "criterion": criterion, "replay": replay}
-        evaluator = evaluator or EvaluationOnly(loss_metrics(experience=True))
-        super().__init__(evaluator=evaluator, **base_kwargs)
+        base_kwargs.setdefault("evaluator", EvaluationOnly(loss_metrics(experience=True)))
+        super().__init__(model=model, criterion=criterion, replay=replay, **base_kwargs)
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Compute the output of the model for images and their labels."""
@@ -399,7 +395,7 @@ class WGANTraining(GeneratorTraining):
         super().__init__(criterion=criterion, **base_kwargs)
 
     def optimizer_step(self):
-        """Step the critic, whose gradients are there and, if it is its turn, the generator."""
+        """Step the critic and, after every `n_critic` of its steps, the generator."""
         super().optimizer_step()
         if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
             self.optimizer.zero_grad()
@@ -417,8 +413,8 @@ class OneCyclePlugin(LRSchedulerPlugin):
     Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate within
     15 % of the iterations, then down along a cosine. Adam's first steps are as long as the learning
     rate, whatever the gradient; without the rise they destroy much of what the model has learned.
-    The optimizer restarts too: the moments of an annealed Adam are of tiny gradients. They are
-    cleared at the end of the experience, because images can be made out in them.
+    Adam's moments restart too: those that are left are of the small gradients at the end of an
+    experience. They are cleared there, because images can be made out in them.
 
     :param optimizer: the strategy's optimizer.
     :param iterations: minibatches in an experience.
@@ -441,8 +437,8 @@ class ExperienceReplayPlugin(SupervisedPlugin):
     """Extend each minibatch by as many stored real images (er), to compare with.
 
     A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
-    Avalanche's `ReplayPlugin` doesn't say which keys it gave, so that an interrupted run could not
-    go on.
+    Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state
+    of a run can hold.
 
     :param mem_size: number of images to store.
     """
@@ -533,7 +529,7 @@ def in_memory_benchmark(
     """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
 
     Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
-    has extended, doesn't have them any more and goes through Avalanche's own data loader.
+    has extended, doesn't have them any more and is loaded sample by sample.
 
     :param train: for each experience images in [0, 1], shape (n, C, H, W), and their class labels
         (int64), shape (n,).
@@ -559,10 +555,10 @@ def in_memory_benchmark(
 
 
 def load_in_memory(benchmark: CLScenario) -> CLScenario:
-    """Load any Avalanche benchmark, such as `SplitFMNIST`, as one that trains as fast as ours.
+    """Load any Avalanche benchmark, such as `SplitFMNIST`, into memory, where it trains faster.
 
-    Its images stay as their transforms leave them: random ones are drawn once for each image. Class
-    labels stay too; task labels become 0, because there is one head.
+    The transforms are applied once: a random one gives each image one variant for the whole run.
+    Class labels stay; task labels become 0, because there is one head.
     """
     streams = (benchmark.train_stream, benchmark.test_stream)
     return in_memory_benchmark(

@@ -25,7 +25,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 SCRIPTS = sorted(Path(__file__).parent.parent.glob("*.py"))
-# Constants that don't change the numbers of a run: they don't count in the name of its folder.
+# Constants that say where runs take place, and how many at a time: they don't count in the name of
+# a folder, although the number of threads changes rounding, and a GPU the random numbers too.
 ELSEWHERE = {
     "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "STRATEGIES", "N_JOBS", "SCHEDULER",
     "TENSORBOARD",
@@ -33,7 +34,7 @@ ELSEWHERE = {
 
 
 class UserError(Exception):
-    """Something that the user has to change: reported in one line, with exit code 2."""
+    """Report in one line, with exit code 2, what the user has to change."""
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -56,7 +57,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def run_folder(constants, images, strategy: str, seed: int) -> Path:
-    """Return the folder of a run; its name changes with the constants and the four scripts."""
+    """Return the folder of a run, named by the other constants and the text of the scripts."""
     deciding = constants.model_dump(exclude=ELSEWHERE)
     digest = joblib.hash((deciding, [path.read_bytes() for path in SCRIPTS]))[:8]
     return Path(constants.RESULTS_DIR) / f"{images.name}-{strategy}-{digest}-seed{seed}"
@@ -231,7 +232,8 @@ KEYS = ("final_accuracy", "forgetting", "seconds")
 def read_runs(folder: Path) -> list[dict]:
     """Read the records of the runs in a folder or, if it has none, in its subfolders.
 
-    Each also gets the `folder` it lies in. A copy of a run is no other run.
+    Each also gets the `folder` it lies in. Folders of the same name hold the same run: it counts
+    once.
     """
     files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
     runs = []
@@ -246,7 +248,7 @@ def read_runs(folder: Path) -> list[dict]:
 
 
 def named_apart(runs: list[dict]) -> list[dict]:
-    """Add data set and hash to the names of runs where they differ in them."""
+    """Tell runs of one name apart: by data set, and by hash if their constants differ."""
     datasets = {run["dataset"] for run in runs}
     kinds = {(run["dataset"], run["name"], kind(run)) for run in runs}
     names = [names for *names, _ in kinds]
