@@ -186,7 +186,7 @@ def negative_elbo(
     :param kl_weight: β.
     :return: one loss for each image, shape (batch,).
     """
-    logits, z_mean, z_log_var = (part.float() for part in output)  # not in bfloat16
+    logits, z_mean, z_log_var = output
     pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     reconstruction = pixels.flatten(1).sum(1)
     kl = 0.5 * (z_log_var.exp() + z_mean.square() - 1 - z_log_var).sum(1)

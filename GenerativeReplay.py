@@ -32,6 +32,7 @@ RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
 INPUT_SHIFT: NonNegativeInt | None = None  # random shift of training images; none: 1, permuted: 0
+INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
@@ -205,10 +206,11 @@ def make_solver(benchmark, constants: BaseModel):
         shift = 0 if constants.SCENARIO == "permuted" else 1
     return nn.Sequential(
         normalize,
-        # Generated images are a little blurred and a little too typical. Without the shift the
-        # solver learns that blurred means old, and takes sharp test images for the newest classes.
-        # All images of a minibatch, real and replayed, get the same one.
+        # Generated images are a little blurred and a little too typical. Without shift and dropout
+        # the solver learns that blurred means old, and takes sharp test images for the newest
+        # classes. All images of a minibatch, real and replayed, get the same shift.
         TrainOnly(v2.RandomCrop(shape[1:], shift, padding_mode="edge")),
+        nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),

@@ -154,7 +154,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         x = generator.generate(amount)
         if solver is None:
             return Samples(x, torch.zeros(amount, dtype=torch.int64))
-        all_logits = solver(x).float()  # softmax in bfloat16 would be coarse
+        all_logits = solver(x)
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
         targets = None if self.temperature is None else (logits / self.temperature).softmax(1)
@@ -223,8 +223,8 @@ class ReplayTemplate(SupervisedTemplate):
     :param replay: plugin that extends the minibatches; None: no replay.
     :param iterations: minibatches in an experience, whatever its size, as in van de Ven et al.;
         None: one pass through it, as in Avalanche.
-    :param bfloat16: train in mixed precision: products and activations in bfloat16, weights and
-        losses in float32 (`torch.autocast`).
+    :param bfloat16: train in mixed precision: matrix products and what follows them in bfloat16,
+        weights and cross-entropies in float32 (`torch.autocast`).
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 

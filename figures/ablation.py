@@ -16,6 +16,7 @@ from figures import draw, results
 COMPONENTS = {
     "normalized input": {"NORMALIZE": False},
     "input shift": {"INPUT_SHIFT": 0},
+    "input dropout": {"INPUT_DROPOUT": 0.0},
     "one cycle and bfloat16": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001, "BFLOAT16": False},
     "soft targets": {"TEMPERATURE": None},
     "class-conditional density": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},

@@ -255,7 +255,8 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     """
     figure, axes = plt.subplots(figsize=(0.75 * WIDTH, 0.55 * WIDTH))
     close = []
-    for group, style in styled(runs):
+    for number, (group, style) in enumerate(styled(runs)):
+        style["zorder"] = 3 - number / 10  # the first lies on top
         curves = 100 * np.array([run["accuracy_matrix"] for run in group])
         curves = np.stack([curves[:, i, : i + 1].mean(1) for i in range(curves.shape[1])], 1)
         x = np.arange(1, curves.shape[1] + 1)

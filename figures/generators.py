@@ -148,7 +148,7 @@ class Gaussians(GenerativeModel):
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
         """Add random multiples of the axes to the mean of each image's class."""
         y = self.sample_labels(batch_size or 1) if condition is None else condition
-        noise = torch.randn(*self.axes[y].shape[:2], 1, 1, 1)
+        noise = torch.randn(*self.axes[y].shape[:2], 1, 1, 1, device=y.device)
         images = (self.means[y] + (noise * self.axes[y]).sum(1)).clamp(0, 1)
         return images[0] if batch_size is None else images
 

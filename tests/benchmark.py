@@ -81,7 +81,7 @@ def bare(benchmark, constants):
     def solver_replay():
         while True:
             x = torch.sigmoid(old_vae.decode(old_vae.sample_decoder_input(count)))
-            all_logits = old_solver(x).float()
+            all_logits = old_solver(x)
             logits = torch.full_like(all_logits, -torch.inf)
             logits[:, seen] = all_logits[:, seen]
             targets = (logits / temperature).softmax(1) if temperature else logits.argmax(1)

@@ -49,6 +49,7 @@ BAD_COMMAND_LINES = [
     ("--learning-rate 1e999", "LEARNING_RATE is '1e999': .*finite"),
     ("--learning-rate 1" + 400 * "0", "LEARNING_RATE is '1000.*finite"),
     ("--learning-rate 0,002", "LEARNING_RATE is '0,002': .*number"),
+    ("--input-dropout 1", "INPUT_DROPOUT is '1': .*less than 1"),
     ("--n-experiences 20", "N_EXPERIENCES is 20, .*10 classes"),
     ("--class-order 0 1 2 3 4 5 6 7 8 8", "CLASS_ORDER is .* has to hold each label"),
     ("--class-order 0 1 2 3 4 5 6 7", r"CLASS_ORDER is \(0, .* each label of .* 7, 8, 9\]"),

@@ -207,7 +207,7 @@ def test_without_one_cycle_images_can_be_made_out_in_adams_moments_but_nowhere_e
 def test_an_image_that_is_kept_anywhere_is_found(monkeypatch):
     scholar, images = trained_scholar()
     image, row = images[33].clone(), images[33].flatten().clone()
-    weight, generator_strategy = scholar.model[3].weight, scholar.replay.generator_strategy
+    weight, generator_strategy = scholar.model[4].weight, scholar.replay.generator_strategy
     ways = [
         (scholar.replay, "memory", [images[33].clone()]),
         (scholar.replay, "one_pixel", image[0, 0, :1]),  # a view
