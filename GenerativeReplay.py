@@ -162,10 +162,9 @@ def make_scholar(
         "solver", solver, constants, constants.ITERATIONS, lr=constants.LEARNING_RATE
     )
     arguments["evaluator"] = make_evaluator(folder if constants.TENSORBOARD else None)
-    if strategy == "naive":
+    if strategy in ("naive", "joint"):
+        arguments["plugins"] += [JointPlugin()] if strategy == "joint" else []
         return instances.ReplayTemplate(**arguments)
-    if strategy == "joint":
-        return instances.JointTraining(**arguments)
     replay = {
         "replay_size": constants.REPLAY_SIZE,
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
@@ -181,7 +180,7 @@ def make_scholar(
             mixtures = sum(len(e.classes_in_this_experience) for e in benchmark.train_stream)
             size += mixtures * generator.density.bytes_per_mixture
         shape, *_ = Generator.properties(benchmark, constants)
-        arguments["plugins"].append(instances.ExperienceReplayPlugin(size // math.prod(shape)))
+        arguments["plugins"].append(ExperienceReplayPlugin(size // math.prod(shape)))
         return instances.ReplayTemplate(**arguments)
     plugin = instances.DeepGenerativeReplayPlugin(
         generator_strategy,
@@ -234,6 +233,60 @@ def make_evaluator(logs: Path | None):
         return EvaluationOnly(accuracy)
     loggers = [TensorboardLogger(logs)]
     return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=loggers)
+
+
+# --- To compare with ------------------------------------------------------------------------------
+
+# Avalanche calls the hooks of a plugin by their names; its base class would import Avalanche early.
+
+
+class JointPlugin:
+    """Train on all experiences so far, as a reference."""
+
+    def after_train_dataset_adaptation(self, strategy, **kwargs):
+        """Join the data of the experience and of all before it."""
+        import torch
+
+        current = strategy.experience
+        so_far = current.origin_stream[: current.current_experience + 1]
+        tensors = zip(*(experience.dataset.tensors for experience in so_far))
+        strategy.adapted_dataset = torch.utils.data.TensorDataset(*map(torch.cat, tensors))
+
+
+class ExperienceReplayPlugin:
+    """Extend each minibatch by as many stored real images (er).
+
+    A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
+    Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state
+    of a run can hold.
+
+    :param mem_size: number of images to store.
+    """
+
+    saved = ("stored",)
+
+    def __init__(self, mem_size: int):
+        self.mem_size = mem_size
+        self.stored = []  # images, class labels, task labels, keys
+
+    def before_training_iteration(self, strategy, **kwargs):
+        """Concatenate stored images, their labels and task labels to the minibatch."""
+        import torch
+
+        if self.stored:
+            rows = torch.randint(len(self.stored[0]), (len(strategy.mb_x),))
+            pairs = zip(strategy.mbatch, self.stored)
+            strategy.mbatch = [torch.cat([new, old[rows].to(new.device)]) for new, old in pairs]
+
+    def after_training_exp(self, strategy, **kwargs):
+        """Choose among the stored images and those of the experience."""
+        import torch
+
+        new = [*strategy.experience.dataset.tensors, torch.rand(len(strategy.experience.dataset))]
+        if self.stored:
+            new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
+        chosen = new[-1].argsort(descending=True)[: self.mem_size]
+        self.stored = [part[chosen] for part in new]
 
 
 # --- Measurements ---------------------------------------------------------------------------------

@@ -242,9 +242,8 @@ class ReplayTemplate(SupervisedTemplate):
         self.bfloat16 = bool(bfloat16)
         plugins = [*plugins, *([replay] if replay else [])]
         # Avalanche's own plugins, such as EWC, expect a mean.
-        super().__init__(
-            criterion=lambda *both: criterion(*both).mean(), plugins=plugins, **base_kwargs
-        )
+        base_kwargs["criterion"] = lambda *both: criterion(*both).mean()
+        super().__init__(plugins=plugins, **base_kwargs)
 
     def criterion(self) -> Tensor:
         """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed), eq. 1.
@@ -291,16 +290,6 @@ class ReplayTemplate(SupervisedTemplate):
         tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
         # Whole minibatches are taken out of the tensors, not sample by sample.
         return DataLoader(tensors, None, sampler=BatchSampler(rows, batch_size, drop_last=False))
-
-
-class JointTraining(ReplayTemplate):
-    """Train on all experiences so far, as a reference."""
-
-    def train_dataset_adaptation(self, **kwargs):
-        """Join the data of the experience and of all before it."""
-        so_far = self.experience.origin_stream[: self.experience.current_experience + 1]
-        tensors = zip(*(experience.dataset.tensors for experience in so_far))
-        self.adapted_dataset = TensorDataset(*map(torch.cat, tensors))
 
 
 class GenerativeReplay(ReplayTemplate):
@@ -360,10 +349,7 @@ class GeneratorTraining(ReplayTemplate):
 
 
 class VAETraining(GeneratorTraining):
-    """Train a `VAE`: if it is class-conditional, with replay alignment.
-
-    For the parameters see `GeneratorTraining`.
-    """
+    """Train a `VAE`: if it is class-conditional, with replay alignment. See `GeneratorTraining`."""
 
     def __init__(self, *, model: GenerativeModel, criterion: Callable = negative_elbo, **kwargs):
         if model.learned_classes() is not None:
@@ -431,39 +417,6 @@ class OneCyclePlugin(LRSchedulerPlugin):
         """Reset the learning rate and the optimizer's moments."""
         super().after_training_exp(strategy, **kwargs)
         strategy.optimizer.state.clear()
-
-
-class ExperienceReplayPlugin(SupervisedPlugin):
-    """Extend each minibatch by as many stored real images (er), to compare with.
-
-    A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
-    Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state
-    of a run can hold.
-
-    :param mem_size: number of images to store.
-    """
-
-    saved = ("stored",)
-
-    def __init__(self, mem_size: int):
-        super().__init__()
-        self.mem_size = mem_size
-        self.stored: list[Tensor] = []  # images, class labels, task labels, keys
-
-    def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
-        """Concatenate stored images, their labels and task labels to the minibatch."""
-        if self.stored:
-            rows = torch.randint(len(self.stored[0]), (len(strategy.mb_x),))
-            pairs = zip(strategy.mbatch, self.stored)
-            strategy.mbatch = [torch.cat([new, old[rows].to(new.device)]) for new, old in pairs]
-
-    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Choose among the stored images and those of the experience."""
-        new = [*strategy.experience.dataset.tensors, torch.rand(len(strategy.experience.dataset))]
-        if self.stored:
-            new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
-        chosen = new[-1].argsort(descending=True)[: self.mem_size]
-        self.stored = [part[chosen] for part in new]
 
 
 class LossRecorder(SupervisedPlugin):

@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 import TrainingInstances as instances
 from figures import results
 from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo
+from GenerativeReplay import ExperienceReplayPlugin, JointPlugin
 from TrainingInstances import (
     DeepGenerativeReplayPlugin,
     GenerativeReplay,
@@ -260,7 +261,7 @@ def test_without_replay_it_is_fine_tuning(stream):
 
 
 def test_joint_training_learns_all_experiences_so_far(stream):
-    strategy, spy = make_solver(instances.JointTraining)
+    strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin()])
     for experience in stream:
         spy.notes.clear()
         strategy.train(experience)
@@ -312,7 +313,7 @@ def test_the_loss_is_recorded_and_has_to_be_finite(stream):
 def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
     counts = torch.zeros(CLASSES)
     for _ in range(200):
-        plugin = instances.ExperienceReplayPlugin(mem_size=6)
+        plugin = ExperienceReplayPlugin(mem_size=6)
         for experience in stream:
             plugin.after_training_exp(SimpleNamespace(experience=experience))
         x, y, *_ = plugin.stored
@@ -322,7 +323,7 @@ def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
 
 
 def test_experience_replay_doubles_the_minibatch(stream):
-    plugin = instances.ExperienceReplayPlugin(mem_size=6)
+    plugin = ExperienceReplayPlugin(mem_size=6)
     strategy, spy = make_solver(ReplayTemplate, plugins=[plugin])
     strategy.train(stream[0])
     stored = plugin.stored[0].clone()
