@@ -37,6 +37,8 @@ def options(**changes):
 def start(script, *arguments, **more):
     """Start a script in a new process of Python, as the leader of a process group."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    # A shell lets what it starts with & ignore SIGINT, and that is inherited.
+    more["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env=os.environ | OFFLINE, start_new_session=True, **more)
 
 
