@@ -348,6 +348,7 @@ def make_benchmark(images: Images, constants: BaseModel):
     from TrainingInstances import in_memory_benchmark
 
     def split(x, y):
+        """Divide images and labels among the experiences."""
         if constants.SCENARIO == "permuted":  # Shin et al. 2017, section 4.1
             return [(x.flatten(1)[:, order].view_as(x), y) for order in permutations]
         experiences = []

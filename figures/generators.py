@@ -126,6 +126,7 @@ def precision_and_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[f
     """
 
     def share(features: Tensor, others: Tensor) -> float:
+        """Compute the share of features within the k-nearest-neighbour balls of others."""
         radii = torch.cdist(others, others).kthvalue(k + 1).values  # the nearest is itself
         return (torch.cdist(features, others) <= radii).any(1).float().mean().item()
 

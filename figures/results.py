@@ -185,27 +185,22 @@ def resumable(stream, strategy, folder: Path, run: dict) -> Iterator:
     record, saved = run["record"], load_state(folder, strategy)
     record.update(saved.get("record", {}), name=record["name"])
     run.update({name: saved[name] for name in saved.keys() & run.keys() - {"record"}})
-    for experience in stream[run.setdefault("learned", saved.get("learned", 0)) :]:
+    for experience in stream[strategy.clock.train_exp_counter :]:
         started = time.perf_counter()
         yield experience
         record["seconds"] += time.perf_counter() - started
-        run["learned"] += 1
-        generator = strategy.replay and strategy.replay.generator
         state = {
             "run": folder.name,
             "strategies": [strategy_state(part) for part in with_generator(strategy)],
-            "generator": generator and generator.state_dict(),  # for figures/saved_generator.py
             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }
         buffer = BytesIO()
         torch.save(state | run, buffer)
         with atomic(folder / "state.pt") as path:
             path.write_bytes(buffer.getvalue())
-        print(
-            f"{record['name']}, seed {record['seed']}: experience {run['learned']}/{len(stream)}, "
-            f"{run['progress']}, {record['seconds']:.0f} s",
-            flush=True,
-        )
+        title = f"{record['name']}, seed {record['seed']}: experience "
+        place, seconds = f"{strategy.clock.train_exp_counter}/{len(stream)}", record["seconds"]
+        print(f"{title}{place}, {run['progress']}, {seconds:.0f} s", flush=True)
 
 
 def new_record(constants, images, name: str, seed: int) -> dict:

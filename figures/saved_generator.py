@@ -27,7 +27,7 @@ def show_saved_generator(folder: Path) -> None:
     if not (folder / "state.pt").is_file():
         raise results.UserError(f"{str(folder)!r} is no folder of a run: it has no state.pt")
     state = results.read_state(folder / "state.pt")
-    if state["generator"] is None:
+    if len(state["strategies"]) == 1 and "accuracy_matrix" in state["record"]:
         raise results.UserError(f"{str(folder)!r} is a run without generator; name one of replay")
     now = Generator.read_constants(Generator, GenerativeReplay)
     here = {"DATA_DIR": now.DATA_DIR, "DEVICE": Generator.choose_device(now.DEVICE)}
@@ -35,7 +35,7 @@ def show_saved_generator(folder: Path) -> None:
     images = Generator.load_images(constants)
     benchmark = Generator.make_benchmark(images, constants)
     generator = Generator.make_generator_strategy(benchmark, constants).model.to(constants.DEVICE)
-    generator.load_state_dict(state["generator"])
+    generator.load_state_dict(state["strategies"][-1]["model"])
     arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
     if hasattr(generator, "reconstruct"):
         labels = list(Generator.stream_names(images, constants)[1])

@@ -200,6 +200,7 @@ def reparametrization() -> Picture:
     p = Picture(440)
 
     def half(middle, title, formula, colour, columns, passes):
+        """Draw one of the two graphs."""
         p.frame(middle, 220, 398, 420)
         p.words(middle, 34, title, weight="bold")
         p.words(middle - 20, 112, "forward", "right")
@@ -238,6 +239,7 @@ def replay() -> Picture:
     p = Picture(552)
 
     def step(y, title, names):
+        """Draw the training of one network on current and replayed data."""
         (strategy, plugin, source, generate, made, teacher, label, target, new, known, learner,
          criterion) = names.split()  # fmt: skip
         now, past = y - 65, y + 80

@@ -96,6 +96,9 @@ def test_numbers_are_those_of_the_results():
             assert numbers <= set.union(*(measured[name] for name in names)), line
             checked += len(numbers)
     assert checked > 40 and measured.keys() <= reproduce.RUNS.keys()
+    cells = re.findall(r"\| `([a-z-]+)` \|", TEXT + streams)
+    names = set(cells) - {"naive", "er", "replay", "joint"}
+    assert {"mnist", "fashion-single"} <= names <= reproduce.RUNS.keys()
 
 
 CODE = re.findall(r"```python\n(.+?)```", TEXT, re.DOTALL)

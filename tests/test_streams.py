@@ -130,7 +130,7 @@ def test_the_first_permutation_does_not_fade(tmp_path):
     for file in (tmp_path / "results").glob("*/results.json"):
         record = json.loads(file.read_text())
         first[record["name"]] = record["accuracy_matrix"][-1][0]
-    assert first["replay"] > 0.9 and first["naive"] < 0.85, first
+    assert first["replay"] > 0.75 and first["naive"] < 0.6, first
 
 
 def test_black_on_white_is_learned_like_white_on_black():
