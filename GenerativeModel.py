@@ -1,8 +1,9 @@
-"""The generative model of the scholar: a variational autoencoder (VAE).
+"""The generative model: a variational autoencoder (VAE).
 
-`GenerativeModel` is the contract of any generator. `VAE` is the generator of the scholar,
-`negative_elbo` its loss, `ClassConditionalGMM` the density from which its latent variables are
-sampled once it has been trained. Two other generators, `ConditionalVAE` and `WGAN`, come last.
+A *scholar* is a solver (classifier) and a generator of the past. `GenerativeModel` is the contract
+of any generator, `VAE` that of the scholar, `negative_elbo` its loss, `ClassConditionalGMM` the
+density from which its latent variables are sampled once it has been trained. Two other generators,
+`ConditionalVAE` and `WGAN`, come last.
 """
 
 import math
@@ -38,7 +39,7 @@ class GenerativeModel(nn.Module, ABC):
         """
 
     def learned_classes(self) -> Tensor | None:
-        """Return the classes that can be asked for (int64), shape (n,); None: unconditional."""
+        """Return the classes learned so far (int64), shape (n,); None: unconditional."""
         return None
 
     def sample_labels(self, count: int) -> Tensor:
@@ -112,7 +113,7 @@ class VAE(GenerativeModel):
     def decode(self, decoder_input: Tensor) -> Tensor:
         """Decode to logits of the pixels' Bernoulli distributions; their sigmoid is the image.
 
-        :param decoder_input: what `decoder_input` or `sample_decoder_input` returns.
+        :param decoder_input: from the method of that name, or from `sample_decoder_input`.
         :return: logits, shape (batch, C, H, W).
         """
         return self.decoder(decoder_input)
@@ -124,8 +125,8 @@ class VAE(GenerativeModel):
 
         :param x: images in [0, 1], shape (batch, C, H, W).
         :param y: their class labels, for `decoder_input`.
-        :param replayed: m inputs of the decoder, to be decoded behind those of the images. They
-            get z_mean 0 and z_log_var 0, so that their divergence from the prior is 0.
+        :param replayed: m inputs of the decoder, to be decoded behind those of the images (for
+            `ReplayAlignmentPlugin`). Their z_mean and z_log_var are 0, as is the divergence.
         :return: logits (batch + m, C, H, W), z_mean and z_log_var (batch + m, latent_size): the
             arguments of `negative_elbo`.
         """
@@ -227,7 +228,7 @@ class ClassConditionalGMM(nn.Module):
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Fit a mixture to each class in y by expectation maximisation, beside those there are.
 
-        A small class gets fewer components, so that there are a hundred encodings for each on
+        A small class gets fewer components, so that each has at least a hundred encodings on
         average; a class of one image gets none and isn't sampled.
 
         :param z: encodings, shape (n, latent_size).
@@ -274,8 +275,8 @@ class ClassConditionalGMM(nn.Module):
 class ConditionalVAE(VAE):
     """Give the decoder of a VAE the class: p(x|z, y), with z ~ N(0, I) and y as a one-hot vector.
 
-    Kingma et al. 2014 (arXiv 1406.5298, model M2), but the encoder isn't given the class: it has
-    the image before it.
+    Kingma et al. 2014 (arXiv 1406.5298, model M2), but the encoder isn't given the class: it sees
+    the image.
 
     :param classes: number of classes in the whole stream; for the others see `VAE`.
     """

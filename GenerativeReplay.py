@@ -32,7 +32,7 @@ RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
 INPUT_SHIFT: NonNegativeInt | None = None  # random shift of training images; none: 1, permuted: 0
-INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of their pixels that is hidden
+INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of pixels hidden in training
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
@@ -83,7 +83,7 @@ def backend(constants: BaseModel):
         from dask.distributed import Client
 
         client = Client(constants.SCHEDULER, timeout=10)
-        for ask in client.run_on_scheduler, client.run:  # else it would wait for them for ever
+        for ask in client.run_on_scheduler, client.run:  # without the script they'd never answer
             ask(lambda: bool(__import__("GenerativeReplay")))
     except (OSError, ValueError):
         raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
@@ -151,6 +151,8 @@ def make_scholar(
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param benchmark: from `Generator.make_benchmark`, `in_memory_benchmark` or `load_in_memory`.
+    :param constants: from `Generator.prepare`; for a benchmark of your own from `read_constants`,
+        with ITERATIONS and DEVICE set (README, Make it yours).
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
     :param folder: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
@@ -254,7 +256,7 @@ class JointPlugin:
 
 
 class ExperienceReplayPlugin:
-    """Extend each minibatch by as many stored real images (er).
+    """Extend each minibatch by as many stored real images (er), all weighted alike: r = 1/2.
 
     A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
     Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state

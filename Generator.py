@@ -2,7 +2,7 @@
 
 `make_generator_strategy` wraps the generator into a strategy, to be passed to
 `DeepGenerativeReplayPlugin`. Run as a script it trains the generator alone along the stream, and
-draws samples and reconstructions from after each experience. The constants, the data and the stream
+draws its samples and reconstructions after each experience. The constants, the data and the stream
 serve both scripts.
 """
 
@@ -41,7 +41,7 @@ DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; aut
 DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
 IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
-SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; or pixels permuted
+SCENARIO: Literal["class", "domain", "permuted"] = "class"  # -incremental; permuted: the pixels
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
@@ -58,7 +58,7 @@ GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
 KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
-BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU multiplies in bfloat16
+BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it; not for wgan-gp
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 RESULTS_DIR: str = "results"  # where results and figures go
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
 
     :param benchmark: from `make_benchmark`.
     :param replay: replay_size, increasing_replay_size, ratio; see `DeepGenerativeReplayPlugin`.
-    :return: a strategy with the generator as `model`, and `train(experience)`.
+    :return: a strategy with the generator as `model`, and `train(experience, **kwargs)`.
     """
     from GenerativeModel import VAE, WGAN, ClassConditionalGMM, ConditionalVAE, negative_elbo
     from TrainingInstances import VAETraining, WGANTraining

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-# Only GEM needs the solvers that are missed at import, and an evaluator needs no loggers.
+# Avalanche warns of missing QP solvers, which only GEM needs, and of evaluators without loggers.
 warnings.filterwarnings("ignore", message=".*QP solver.*")
 warnings.filterwarnings("ignore", message="No loggers specified")
 from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
@@ -54,24 +54,24 @@ class Samples(NamedTuple):
 class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """Extend each training minibatch by generated samples of the past.
 
-    Before an experience, solver and generator are copied and frozen. In each iteration the old
-    generator generates images, the old solver labels them with the classes seen so far, and they
-    are concatenated to the current minibatch (Shin et al. 2017, arXiv 1705.08690, section 3.1).
-    After the solver's experience the generator's strategy trains the generator on it.
+    Before an experience the base class copies solver and generator as `old_model` and
+    `old_generator`. In each iteration the old generator generates images, the old solver labels
+    them with the classes seen so far, and they are concatenated to the current minibatch (Shin et
+    al. 2017, arXiv 1705.08690, section 3.1). Then the generator is trained on the experience.
 
-    Avalanche's `GenerativeReplayPlugin` is the base. It differs from the paper, and from this
-    class, in that it
+    Avalanche's `GenerativeReplayPlugin` is the base. It differs from this class in that it
 
     - back-propagates through the frozen generator;
-    - lets the old solver choose among all classes, and turns task labels into floats;
+    - lets the old solver choose among all classes, by hard labels; task labels become floats;
     - has no ratio r: by default the number of replayed samples decides the weight of the past;
-    - grows linearly instead of doubling, and not at all if `replay_size` is set;
+    - grows linearly, where its docstring says double, and not at all if `replay_size` is set;
     - counts replayed samples in the training accuracy;
-    - has its generator trained by another plugin, which looks for exactly this type: that of a
-      subclass would never be trained.
+    - has its generator trained by another plugin, which looks for exactly this type: the generator
+      of a subclass would never be trained.
 
-    :param generator_strategy: strategy that trains the generator: it has a `GenerativeModel` as
-        `model`, and `train(experience)`. None: the model that is trained is itself the generator.
+    :param generator_strategy: strategy that trains the generator, with replay of its own: it has a
+        `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: the model that is
+        trained is itself the generator.
     :param replay_size: replayed samples in a minibatch; None: as many as real ones; 0: none.
     :param increasing_replay_size: double that number at each experience after the second.
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
@@ -85,7 +85,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
-    saved = ("experiences_learned", "seen_classes", "untrained_solver")  # to go on from
+    saved = ("experiences_learned", "seen_classes", "untrained_solver")  # in the state of a run
 
     def __init__(
         self,
@@ -223,8 +223,8 @@ class ReplayTemplate(SupervisedTemplate):
     :param replay: plugin that extends the minibatches; None: no replay.
     :param iterations: minibatches in an experience, whatever its size, as in van de Ven et al.;
         None: one pass through it, as in Avalanche.
-    :param bfloat16: train in mixed precision: matrix products and what follows them in bfloat16,
-        weights and cross-entropies in float32 (`torch.autocast`).
+    :param bfloat16: train in mixed precision: matrix products and the layers behind them in
+        bfloat16, weights and cross-entropies in float32 (`torch.autocast`); None: don't.
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 
@@ -241,7 +241,7 @@ class ReplayTemplate(SupervisedTemplate):
         self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
         self.bfloat16 = bool(bfloat16)
         plugins = [*plugins, *([replay] if replay else [])]
-        # Avalanche's own plugins, such as EWC, expect a mean.
+        # Avalanche's own plugins, such as EWC, expect a mean; training calls the method below.
         base_kwargs["criterion"] = lambda *both: criterion(*both).mean()
         super().__init__(plugins=plugins, **base_kwargs)
 
@@ -285,7 +285,7 @@ class ReplayTemplate(SupervisedTemplate):
 
     def _loader(self, rows: RandomSampler | range, batch_size: int) -> DataLoader:
         data = self.adapted_dataset
-        if not hasattr(data, "tensors"):  # not ours
+        if not hasattr(data, "tensors"):  # not from in_memory_benchmark
             return DataLoader(data, batch_size, sampler=rows, collate_fn=data.collate_fn)
         tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
         # Whole minibatches are taken out of the tensors, not sample by sample.
@@ -293,9 +293,9 @@ class ReplayTemplate(SupervisedTemplate):
 
 
 class GenerativeReplay(ReplayTemplate):
-    """Train the solver with Deep Generative Replay and, after each experience, the generator.
+    """Train the solver with Deep Generative Replay.
 
-    Its `replay` is a `DeepGenerativeReplayPlugin` that is given the generator's strategy.
+    Its `replay`, a `DeepGenerativeReplayPlugin`, then trains the generator on each experience.
     """
 
     def losses(self) -> Tensor:
@@ -334,6 +334,7 @@ class GeneratorTraining(ReplayTemplate):
         ratio: float | None = None,
         **base_kwargs,
     ):
+        # Without a solver, replayed images of an unconditional generator stay unlabelled.
         labels = "solver" if model.learned_classes() is None else "generator"
         replay = plugin(None, replay_size, increasing_replay_size, ratio, replay_labels=labels)
         base_kwargs.setdefault("evaluator", EvaluationOnly(loss_metrics(experience=True)))
@@ -349,7 +350,7 @@ class GeneratorTraining(ReplayTemplate):
 
 
 class VAETraining(GeneratorTraining):
-    """Train a `VAE`: if it is class-conditional, with replay alignment. See `GeneratorTraining`."""
+    """Train a `VAE`; with replay alignment, if it has a density or is a `ConditionalVAE`."""
 
     def __init__(self, *, model: GenerativeModel, criterion: Callable = negative_elbo, **kwargs):
         if model.learned_classes() is not None:
