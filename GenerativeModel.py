@@ -228,8 +228,8 @@ class ClassConditionalGMM(nn.Module):
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Fit a mixture to each class in y by expectation maximisation, beside those there are.
 
-        A small class gets fewer components, so that each has at least a hundred encodings on
-        average; a class of one image gets none and isn't sampled.
+        A small class gets fewer components, one for each full hundred of encodings but at least
+        one; a class of one image gets none and isn't sampled.
 
         :param z: encodings, shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).

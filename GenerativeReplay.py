@@ -83,7 +83,7 @@ def backend(constants: BaseModel):
         from dask.distributed import Client
 
         client = Client(constants.SCHEDULER, timeout=10)
-        for ask in client.run_on_scheduler, client.run:  # without the script they'd never answer
+        for ask in client.run_on_scheduler, client.run:  # else joblib would wait for ever
             ask(lambda: bool(__import__("GenerativeReplay")))
     except (OSError, ValueError):
         raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
@@ -151,7 +151,7 @@ def make_scholar(
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param benchmark: from `Generator.make_benchmark`, `in_memory_benchmark` or `load_in_memory`.
-    :param constants: from `Generator.prepare`; for a benchmark of your own from `read_constants`,
+    :param constants: from `Generator.prepare`; for another benchmark from `read_constants`,
         with ITERATIONS and DEVICE set (README, Make it yours).
     :param strategy: one of `STRATEGIES`; without replay there is no generator.
     :param folder: folder for the logs of TensorBoard.

@@ -69,7 +69,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     - has its generator trained by another plugin, which looks for exactly this type: the generator
       of a subclass would never be trained.
 
-    :param generator_strategy: strategy that trains the generator, with replay of its own: it has a
+    :param generator_strategy: strategy that trains the generator, with replay: it has a
         `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: the model that is
         trained is itself the generator.
     :param replay_size: replayed samples in a minibatch; None: as many as real ones; 0: none.
@@ -186,10 +186,10 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
     """Align the new decoder of a class-conditional VAE with the old one, and fit its density.
 
-    A VAE that encodes and decodes its own samples like any other image blurs them a little more
+    A VAE that encodes and decodes its samples like any other image blurs them a little more
     each time, by the noise of z. Here the density of the old latents is kept, and only the images
     decoded from them are learned again: replay alignment, Wu et al. 2018 (arXiv 1809.02058, section
-    4.2), with the VAE's own reconstruction loss. The encoder follows the current experience; replay
+    4.2), with the VAE's reconstruction loss. The encoder follows the current experience; replay
     doesn't need it any more.
     """
 
@@ -241,7 +241,7 @@ class ReplayTemplate(SupervisedTemplate):
         self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
         self.bfloat16 = bool(bfloat16)
         plugins = [*plugins, *([replay] if replay else [])]
-        # Avalanche's own plugins, such as EWC, expect a mean; training calls the method below.
+        # Avalanche's plugins, such as EWC, expect a mean; training calls the method below.
         base_kwargs["criterion"] = lambda *both: criterion(*both).mean()
         super().__init__(plugins=plugins, **base_kwargs)
 
@@ -312,7 +312,7 @@ class GenerativeReplay(ReplayTemplate):
 
 
 class GeneratorTraining(ReplayTemplate):
-    """Train a generator along a stream, each experience with replay of its own past.
+    """Train a generator along a stream, each experience with replay of its past.
 
     A class-conditional generator replays each learned class equally often, with its label.
 
