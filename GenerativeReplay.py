@@ -31,7 +31,7 @@ INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience af
 RATIO: Annotated[float, Field(ge=0, le=1)] | None = None  # r, weight of current data; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 REPLAY_LABELS: Literal["solver", "generator"] = "solver"  # source of the labels of replayed images
-INPUT_SHIFT: NonNegativeInt | None = None  # random shift of training images; none: 1, permuted: 0
+INPUT_SHIFT: NonNegativeInt | None = None  # random shift of images; none: 1 if they have a margin
 INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of pixels hidden in training
 N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
@@ -203,8 +203,8 @@ def make_solver(benchmark, constants: BaseModel):
     shape, n_classes, normalize = Generator.properties(benchmark, constants)
     units = constants.HIDDEN_UNITS
     shift = constants.INPUT_SHIFT
-    if shift is None:  # permuted pixels have no neighbours whose place they could take
-        shift = 0 if constants.SCENARIO == "permuted" else 1
+    if shift is None:
+        shift = int(has_margin(benchmark))
     return nn.Sequential(
         normalize,
         # Generated images are a little blurred and a little too typical. Without shift and dropout
@@ -217,6 +217,21 @@ def make_solver(benchmark, constants: BaseModel):
         nn.Linear(units, units), nn.ReLU(),
         nn.Linear(units, n_classes),
     )  # fmt: skip
+
+
+def has_margin(benchmark) -> bool:
+    """Tell whether the outermost pixels hardly vary, so that a shift pushes nothing out of view.
+
+    Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image, as permuted pixels do.
+    """
+    import torch
+
+    for experience in benchmark.train_stream:
+        x, *_ = experience.dataset.tensors
+        outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
+        if outermost.std() > x.std() / 5:
+            return False
+    return True
 
 
 def make_evaluator(logs: Path | None):

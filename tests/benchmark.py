@@ -272,7 +272,8 @@ def main() -> None:
     report("50th experience / 2nd, seconds per iteration", "<= 1.05", late)
     report("50th experience / 2nd, peak memory", "<= 1.05", memory)
     bfloat16 = {"BFLOAT16": Generator.multiplies_bfloat16("cpu")}  # as by default
-    report("default recipe, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **bfloat16))
+    mnist = bfloat16 | {"INPUT_SHIFT": 1}  # the random images here have no margin
+    report("default recipe, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **mnist))
     report("plain DGR, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **PLAIN))
     report("start-up / import avalanche", "<= 1.20", start_up(slow))
     if not quick:

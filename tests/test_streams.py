@@ -122,6 +122,21 @@ def test_permuted_experiences_are_the_same_images_in_another_order_of_pixels():
     assert torch.equal(test.flatten(1)[:, place[0]], images.test[0][:, 0, 14, 14])
 
 
+def test_only_images_with_a_margin_are_shifted():
+    digits = Generator.load_digits()
+    framed = [(torch.nn.functional.pad(1 - x, (2,) * 4, value=1), y) for x, y in digits[1:3]]
+    framed = digits._replace(train=framed[0], test=framed[1])
+    for images, scenario, shifted in [
+        (digits, "class", False), (framed, "class", True), (framed, "permuted", False)
+    ]:  # fmt: skip
+        constants = all_constants(SCENARIO=scenario)
+        benchmark = Generator.make_benchmark(images, constants)
+        solver = GenerativeReplay.make_solver(benchmark, constants)
+        x = images.train[0][:1]
+        moved = any(not torch.equal(solver[:2](x), solver[:1](x)) for _ in range(20))
+        assert moved == shifted, scenario
+
+
 def test_the_first_permutation_does_not_fade(tmp_path):
     words = "--dataset", "digits", "--scenario", "permuted", "--iterations", 200
     done = run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
