@@ -14,24 +14,35 @@ from pathlib import Path
 from figures import draw, results
 from figures.ablation import PLAIN_DGR
 
+INVERTED = Path("results", "images", "inverted-mnist")
+STREAMS = {
+    "orders": "--shuffle-classes",
+    "single": "--n-experiences 10",
+    "domain": "--scenario domain",
+    "inverted": f"--dataset {INVERTED}",
+    "fashion": "--dataset fashion",
+    "fashion-single": "--dataset fashion --n-experiences 10",
+    "permuted": "--scenario permuted --n-experiences 10",
+}
 # As published: 2,000 iterations of 128 + 128 images.
 PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "BFLOAT16": False}
-PLAIN = " ".join(f"--{name.lower().replace('_', '-')} {value}" for name, value in PUBLISHED.items())
-INVERTED = Path("results", "images", "inverted-mnist")
+
+
+def as_options(constants: dict) -> str:
+    """Write constants as they are given on the command line."""
+    return " ".join(f"--{key.lower().replace('_', '-')} {of}" for key, of in constants.items())
+
+
 SEEDS = "--seeds 0 1 2"
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
+PLAIN = f"GenerativeReplay.py {SEEDS}"
 RUNS = {
     "mnist": f"{ALL} --seeds 0 1 2 3 4 5 6 7 8 9",
-    "plain": f"GenerativeReplay.py {PLAIN} {SEEDS}",
+    "plain": f"{PLAIN} {as_options(PUBLISHED)}",
     "ablation": f"-m figures.ablation {SEEDS}",
-    "orders": f"{ALL} {SEEDS} --shuffle-classes",
-    "single": f"{ALL} {SEEDS} --n-experiences 10",
-    "domain": f"{ALL} {SEEDS} --scenario domain",
-    "inverted": f"{ALL} {SEEDS} --dataset {INVERTED}",
-    "fashion": f"{ALL} {SEEDS} --dataset fashion",
-    "fashion-single": f"{ALL} {SEEDS} --dataset fashion --n-experiences 10",
-    "permuted": f"{ALL} {SEEDS} --scenario permuted --n-experiences 10",
-    "permuted-wide": f"{ALL} {SEEDS} --scenario permuted --n-experiences 10 --hidden-units 1000",
+    **{name: f"{ALL} {SEEDS} {stream}" for name, stream in STREAMS.items()},
+    **{f"{name}-plain": f"{PLAIN} {as_options(PLAIN_DGR)} {of}" for name, of in STREAMS.items()},
+    "permuted-wide": f"{ALL} {SEEDS} {STREAMS['permuted']} --hidden-units 1000",
     "generators": f"-m figures.generators {SEEDS}",
 }
 
@@ -43,7 +54,7 @@ def main() -> None:
         raise results.UserError(f"{min(unknown)!r} isn't one of {', '.join(RUNS)}")
     path = Path("figures", "results.json")
     for name in names:
-        if name == "inverted" and not INVERTED.exists():
+        if "inverted" in name and not INVERTED.exists():
             invert_mnist()
         words = *RUNS[name].split(), "--n-jobs", "2", "--results-dir", f"results/{name}"
         print(f"\n{name}: python {' '.join(words)}", flush=True)
