@@ -25,7 +25,7 @@ STREAMS = {
     "permuted": "--scenario permuted --n-experiences 10",
 }
 # As published: 2,000 iterations of 128 + 128 images.
-PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "BFLOAT16": False}
+PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128}
 
 
 def as_options(constants: dict) -> str:
@@ -33,15 +33,15 @@ def as_options(constants: dict) -> str:
     return " ".join(f"--{key.lower().replace('_', '-')} {of}" for key, of in constants.items())
 
 
-SEEDS = "--seeds 0 1 2"
+SEEDS, TEN = "--seeds 0 1 2", "--seeds 0 1 2 3 4 5 6 7 8 9"
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
-PLAIN = f"GenerativeReplay.py {SEEDS}"
+PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
 RUNS = {
-    "mnist": f"{ALL} --seeds 0 1 2 3 4 5 6 7 8 9",
-    "plain": f"{PLAIN} {as_options(PUBLISHED)}",
+    "mnist": f"{ALL} {TEN}",
+    "plain": f"GenerativeReplay.py {as_options(PUBLISHED)} {TEN}",
     "ablation": f"-m figures.ablation {SEEDS}",
     **{name: f"{ALL} {SEEDS} {stream}" for name, stream in STREAMS.items()},
-    **{f"{name}-plain": f"{PLAIN} {as_options(PLAIN_DGR)} {of}" for name, of in STREAMS.items()},
+    **{f"{name}-plain": f"{PLAIN} {SEEDS} {stream}" for name, stream in STREAMS.items()},
     "permuted-wide": f"{ALL} {SEEDS} {STREAMS['permuted']} --hidden-units 1000",
     "generators": f"-m figures.generators {SEEDS}",
 }
