@@ -56,7 +56,9 @@ def main() -> None:
     for name in names:
         if "inverted" in name and not INVERTED.exists():
             invert_mnist()
-        words = *RUNS[name].split(), "--n-jobs", "2", "--results-dir", f"results/{name}"
+        words = [*RUNS[name].split(), "--n-jobs", "2", "--results-dir", f"results/{name}"]
+        if "--dataset" not in words:  # "auto" would replace a missing MNIST by the digits
+            words += ["--dataset", "mnist"]
         print(f"\n{name}: python {' '.join(words)}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if code := subprocess.run([sys.executable, *words], env=environment).returncode:
