@@ -56,7 +56,7 @@ GENERATOR: Literal["vae", "cvae", "wgan-gp"] = "vae"  # vae; conditional vae; Wa
 GENERATOR_ITERATIONS: PositiveInt | None = None  # none: as the solver; 5 times that for wgan-gp
 GENERATOR_LEARNING_RATE: PositiveFloat | None = None  # none: as the solver
 LATENT_SIZE: PositiveInt | None = None  # dimensions of the latent variable z; none: 32, 8 for cvae
-KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.1, 1 for cvae
+KL_WEIGHT: PositiveFloat | None = None  # β of a VAE; 1: the ELBO itself; none: 0.07, 1 for cvae
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # of vae: Gaussians per class; 0: z from the prior N(0, I)
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it; not for wgan-gp
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
@@ -91,7 +91,7 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
         latent_size, components = latent_size or 32, constants.MIXTURE_COMPONENTS
         density = ClassConditionalGMM(components, latent_size) if components else None
         model = VAE(shape, units, latent_size, density, normalize)
-        loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.1)
+        loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.07)
         strategy = partial(VAETraining, criterion=loss)
     elif constants.GENERATOR == "cvae":
         # Its z is sampled from N(0, I), so its encodings have to keep to that.
