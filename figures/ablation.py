@@ -26,7 +26,7 @@ PLAIN_DGR = {name: value for off in COMPONENTS.values() for name, value in off.i
 
 
 def main() -> None:
-    """Run plain DGR, each step to the default recipe and back from it, and both bounds; draw."""
+    """Run plain DGR, each step to the default recipe and back from it, naive and joint; draw."""
     constants = Generator.read_constants(Generator, GenerativeReplay)
     if constants.GENERATOR != "vae":
         raise results.UserError("the ablation takes the VAE apart: leave GENERATOR at vae")

@@ -28,6 +28,8 @@ KINDS = {
 def main() -> None:
     """Run replay with each generator, measure its samples, and print and draw both."""
     constants = Generator.read_constants(Generator, GenerativeReplay)
+    if constants.SCENARIO != "class":
+        raise results.UserError("samples are measured by their class: leave SCENARIO at class")
     images, constants = Generator.prepare(constants)
     planned = [
         ("replay", constants.model_copy(update={"GENERATOR": name}), name)
@@ -78,14 +80,15 @@ def sample_quality(scholar, classifier: nn.Sequential, real: Tensor) -> dict[str
     """Measure the quality of the samples that a scholar would replay next.
 
     :param classifier: see `train_classifier`.
-    :param real: test images, shape (n, C, H, W), in random order.
+    :param real: test images, shape (n, C, H, W); 2,000 of them are compared, if there are as many.
     :return: "label_accuracy", the share of samples in which the classifier sees the scholar's
         label; "precision" and "recall" in the features of its last hidden layer.
     """
     count = min(2000, len(real))
     with torch.no_grad():
         samples = scholar.replay.sample(count, scholar.replay.generator, scholar.model.eval())
-        features, real = classifier[:-1](samples.x.cpu()), classifier[:-1](real[:count])
+        real = classifier[:-1](real[torch.randperm(len(real))[:count]])
+        features = classifier[:-1](samples.x.cpu())
         right = classifier[-1](features).argmax(1) == samples.y.cpu()
     precision, recall = precision_and_recall(real, features)
     label_accuracy = right.float().mean().item()
@@ -159,7 +162,7 @@ class Gaussians(GenerativeModel):
 
 
 class GaussiansTraining:
-    """Fit `Gaussians`: what was learned stays, so that it needs no replay of its own."""
+    """Fit `Gaussians`, without replay: a class keeps its Gaussian until it returns."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int):
         self.model = Gaussians(shape, classes)

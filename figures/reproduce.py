@@ -1,4 +1,4 @@
-"""All numbers of the READMEs: `python -m figures.reproduce`, or with names of `RUNS` for some.
+"""The means ± standard errors of the READMEs: `python -m figures.reproduce [name of RUNS ...]`.
 
 The commands run one after the other, two runs at a time with one thread each, and leave their
 results in `results/NAME`. Finished runs are not run again: an interrupted list goes on. Their means

@@ -12,7 +12,7 @@ from conftest import DATA_DIR, ROOT, all_constants, needs_mnist, run
 
 import GenerativeReplay
 import Generator
-from figures import results
+from figures import ablation, generators, results
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def complaint(monkeypatch, tmp_path, capsys):
     """The one line with which a command line ends, in an empty folder, where nothing is left."""
     monkeypatch.chdir(tmp_path)
 
-    def complaint(*words):
+    def complaint(*words, main=GenerativeReplay.main):
         before = set(tmp_path.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["GenerativeReplay.py", "--dataset", "digits", *words])
         with pytest.raises(SystemExit) as end:
-            results.run_command(GenerativeReplay.main)
+            results.run_command(main)
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.count("\n") == 1 and line.startswith("error: ")
         assert len(line) < 300 and set(tmp_path.rglob("*")) == before
@@ -72,6 +72,11 @@ def test_a_bad_command_line_gets_one_line(words, expected, complaint, tmp_path):
     (tmp_path / "file").touch()
     line = complaint(*words.split())
     assert re.match(expected, line), line
+
+
+def test_a_comparison_refuses_what_it_does_not_compare(complaint):
+    assert complaint("--generator", "cvae", main=ablation.main).endswith("GENERATOR at vae\n")
+    assert complaint("--scenario", "domain", main=generators.main).endswith("SCENARIO at class\n")
 
 
 @pytest.mark.parametrize(
