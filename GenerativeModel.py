@@ -231,7 +231,7 @@ class ClassConditionalGMM(nn.Module):
         A small class gets fewer components, one for each full hundred of encodings but at least
         one; a class of one image gets none and isn't sampled.
 
-        :param z: encodings, shape (n, latent_size).
+        :param z: encodings (the z_mean of images), shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
         """
         for label in y.unique():

@@ -207,9 +207,9 @@ def make_solver(benchmark, constants: BaseModel):
         shift = int(has_margin(benchmark))
     return nn.Sequential(
         normalize,
-        # Generated images are a little blurred and a little too typical. Without shift and dropout
-        # the solver learns that blurred means old, and takes sharp test images for the newest
-        # classes. All images of a minibatch, real and replayed, get the same shift.
+        # Generated images are a little blurred and a little too typical: shift and dropout are to
+        # keep the solver from telling old classes by that. All images of a minibatch, real and
+        # replayed, get the same shift.
         TrainOnly(v2.RandomCrop(shape[1:], shift, padding_mode="edge")),
         nn.Dropout(constants.INPUT_DROPOUT),
         nn.Flatten(),
@@ -223,6 +223,8 @@ def has_margin(benchmark) -> bool:
     """Tell whether the outermost pixels hardly vary, so that a shift pushes nothing out of view.
 
     Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image, as permuted pixels do.
+    The training images of the whole stream decide, before the first experience is learned;
+    INPUT_SHIFT sets the shift without a look at them.
     """
     import torch
 

@@ -84,29 +84,40 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     from GenerativeModel import VAE, WGAN, ClassConditionalGMM, ConditionalVAE, negative_elbo
     from TrainingInstances import VAETraining, WGANTraining
 
+    constants = settled(constants)
     shape, n_classes, normalize = properties(benchmark, constants)
     units, latent_size = constants.HIDDEN_UNITS, constants.LATENT_SIZE
-    iterations, betas = constants.ITERATIONS, (0.9, 0.999)
+    adam = {"lr": constants.GENERATOR_LEARNING_RATE}
+    loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT)
     if constants.GENERATOR == "vae":
-        latent_size, components = latent_size or 32, constants.MIXTURE_COMPONENTS
+        components = constants.MIXTURE_COMPONENTS
         density = ClassConditionalGMM(components, latent_size) if components else None
         model = VAE(shape, units, latent_size, density, normalize)
-        loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 0.07)
         strategy = partial(VAETraining, criterion=loss)
     elif constants.GENERATOR == "cvae":
-        # Its z is sampled from N(0, I), so its encodings have to keep to that.
-        model = ConditionalVAE(shape, n_classes, units, latent_size or 8, normalize)
-        loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT or 1)
+        model = ConditionalVAE(shape, n_classes, units, latent_size, normalize)
         strategy = partial(VAETraining, criterion=loss)
     else:
-        # The iterations are steps of the critic; every fifth is followed by one of the generator.
-        # Betas as in Gulrajani et al.'s code for MNIST, which takes more and smaller steps.
-        model, strategy = WGAN(shape, units, latent_size or 32), WGANTraining
-        iterations, betas = 5 * iterations, (0.5, 0.9)
-    iterations = constants.GENERATOR_ITERATIONS or iterations
-    rate = constants.GENERATOR_LEARNING_RATE or constants.LEARNING_RATE
-    arguments = training_arguments("generator", model, constants, iterations, lr=rate, betas=betas)
+        model, strategy = WGAN(shape, units, latent_size), WGANTraining
+        adam["betas"] = 0.5, 0.9  # as in Gulrajani et al.'s code for MNIST
+    iterations = constants.GENERATOR_ITERATIONS
+    arguments = training_arguments("generator", model, constants, iterations, **adam)
     return strategy(**replay, **arguments)
+
+
+def settled(constants: BaseModel) -> BaseModel:
+    """Return the constants with what `none` stands for in those of the generator."""
+    kind, iterations = constants.GENERATOR, constants.ITERATIONS
+    suitable = {
+        "LATENT_SIZE": 8 if kind == "cvae" else 32,
+        # A cvae samples z from N(0, I), so its encodings have to keep to that.
+        "KL_WEIGHT": 0.07 if kind == "vae" else 1.0,
+        # Of the critic's steps every fifth is followed by one of the generator.
+        "GENERATOR_ITERATIONS": 5 * iterations if kind == "wgan-gp" else iterations,
+        "GENERATOR_LEARNING_RATE": constants.LEARNING_RATE,
+    }
+    left_open = {name: of for name, of in suitable.items() if getattr(constants, name) is None}
+    return constants.model_copy(update=left_open)
 
 
 def training_arguments(name: str, model, constants: BaseModel, iterations: int, **adam) -> dict:
@@ -278,8 +289,9 @@ def load_published(name: str, data_dir: str) -> Images:
         train, test = (kind(data_dir, train=train) for train in (True, False))
     except (RuntimeError, OSError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
-        text = f"{files[0]} is missing and can't be downloaded ({reason}); set DATA_DIR to the "
-        raise ConnectionError(text + f"folder of {name}, or DATASET to 'digits'") from error
+        text = f"{files[0]} can't be read and can't be downloaded ({reason}); set DATA_DIR to the "
+        text += f"folder with {name}/ in it, or DATASET to 'digits'"
+        raise ConnectionError(text) from error
     pairs = ((part.data.unsqueeze(1).float() / 255, part.targets.long()) for part in (train, test))
     classes = [name.split(" - ")[0] for name in train.classes]  # of "0 - zero" the digit is enough
     return Images(name, *pairs, classes)
@@ -500,14 +512,14 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def seeded(constants: BaseModel, seed: int) -> BaseModel:
-    """Seed torch, and return the constants of this run: with a shuffled class order if wanted."""
+    """Seed torch, and return the constants of this run: settled, classes shuffled if wanted."""
     import torch
 
     torch.manual_seed(seed)
     order = constants.CLASS_ORDER
     if constants.SHUFFLE_CLASSES:
         order = tuple(order[i] for i in torch.randperm(len(order)))
-    return constants.model_copy(update={"CLASS_ORDER": order})
+    return settled(constants.model_copy(update={"CLASS_ORDER": order}))
 
 
 if __name__ == "__main__":

@@ -59,15 +59,16 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     them with the classes seen so far, and they are concatenated to the current minibatch (Shin et
     al. 2017, arXiv 1705.08690, section 3.1). Then the generator is trained on the experience.
 
-    Avalanche's `GenerativeReplayPlugin` is the base. It differs from this class in that it
+    The base class, Avalanche's `GenerativeReplayPlugin`,
 
     - back-propagates through the frozen generator;
-    - lets the old solver choose among all classes, by hard labels; task labels become floats;
+    - lets the old solver choose among all classes, by hard labels; makes task labels floats;
     - has no ratio r: by default the number of replayed samples decides the weight of the past;
-    - grows linearly, where its docstring says double, and not at all if `replay_size` is set;
+    - increases that number linearly, where its docstring says double, and not at all if
+      `replay_size` is set;
     - counts replayed samples in the training accuracy;
-    - has its generator trained by another plugin, which looks for exactly this type: the generator
-      of a subclass would never be trained.
+    - leaves the generator's training to `TrainGeneratorAfterExpPlugin`, which passes over the
+      generator of a subclass.
 
     :param generator_strategy: strategy that trains the generator, with replay: it has a
         `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: the model that is
@@ -221,9 +222,9 @@ class ReplayTemplate(SupervisedTemplate):
 
     :param criterion: (output, labels) -> loss of each image; cross-entropy by default.
     :param replay: plugin that extends the minibatches; None: no replay.
-    :param iterations: minibatches in an experience, whatever its size, as in van de Ven et al.;
-        None: one pass through it, as in Avalanche.
-    :param bfloat16: train in mixed precision: matrix products and the layers behind them in
+    :param iterations: minibatches in an epoch, whatever the size of the experience, as in van de
+        Ven et al.; None: one pass through it, as in Avalanche.
+    :param bfloat16: train in mixed precision: matrix products and what is computed from them in
         bfloat16, weights and cross-entropies in float32 (`torch.autocast`); None: don't.
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
@@ -400,8 +401,8 @@ class OneCyclePlugin(LRSchedulerPlugin):
     Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate within
     15 % of the iterations, then down along a cosine. Adam's first steps are as long as the learning
     rate, whatever the gradient; without the rise they destroy much of what the model has learned.
-    Adam's moments restart too: those that are left are of the small gradients at the end of an
-    experience. They are cleared there, because images can be made out in them.
+    Adam's moments are reset at the end of each experience: they are of its last small gradients,
+    and training images can be recognised in them.
 
     :param optimizer: the strategy's optimizer.
     :param iterations: minibatches in an experience.

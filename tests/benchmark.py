@@ -65,7 +65,7 @@ def bare(benchmark, constants):
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
     solver, vae = scholar.model, scholar.replay.generator
     size, iterations = constants.BATCH_SIZE, constants.ITERATIONS
-    temperature, kl_weight = constants.TEMPERATURE, constants.KL_WEIGHT or 0.07
+    temperature, kl_weight = constants.TEMPERATURE, Generator.settled(constants).KL_WEIGHT
     rate, aligned = constants.LEARNING_RATE, vae.density is not None
     optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
     experiences = [experience.dataset.tensors[:2] for experience in benchmark.train_stream]
