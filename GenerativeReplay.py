@@ -362,15 +362,13 @@ def confusions(scholar, stream) -> list[list[int]]:
 
 def losses(scholar) -> dict:
     """Return the latest experience's losses of solver and generator, shape (iterations,)."""
-    import torch
-
     from TrainingInstances import LossRecorder
 
     plugins = list(scholar.plugins)
     if scholar.replay:  # that of a user's generator may have no plugins
         plugins += getattr(scholar.replay.generator_strategy, "plugins", [])
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
-    return {recorder.name: torch.cat(recorder.losses).cpu() for recorder in recorders}
+    return {recorder.name: recorder.losses.cpu() for recorder in recorders}
 
 
 if __name__ == "__main__":

@@ -429,22 +429,26 @@ class LossRecorder(SupervisedPlugin):
 
     def __init__(self, name: str):
         super().__init__()
-        self.name, self.losses = name, []
+        self.name, self.losses = name, torch.empty(0)
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Forget the experience before."""
-        self.losses = []
+        """Make room for the losses, shape (iterations,).
+
+        A list of as many small tensors would leave holes in memory: gigabytes with a WGAN.
+        """
+        count = strategy.train_epochs * len(strategy.dataloader)
+        self.losses = torch.empty(count, device=strategy.device)
 
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
         """Record the loss, of current and replayed data, as it is minimised."""
-        self.losses.append(strategy.loss.detach())
+        self.losses[strategy.clock.train_exp_iterations] = strategy.loss.detach()
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Check the losses.
 
         :raises FloatingPointError: if one of them is infinite or not a number.
         """
-        infinite = (~torch.cat(self.losses).isfinite()).nonzero()
+        infinite = (~self.losses.isfinite()).nonzero()
         if len(infinite):
             first = int(infinite[0])
             raise FloatingPointError(

@@ -1,6 +1,7 @@
 """Every generator: those of GENERATOR, one that a user adds, and how good their samples are."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,20 @@ def test_what_suits_each_generator_unless_told_otherwise():
     assert settings(GENERATOR="wgan-gp") == (0.003, (0.5, 0.9), 50, 64)
     told = {"GENERATOR_LEARNING_RATE": 0.1, "GENERATOR_ITERATIONS": 3, "BATCH_SIZE": 5}
     assert settings(GENERATOR="wgan-gp", **told) == (0.1, (0.5, 0.9), 3, 5)
+
+
+def test_the_memory_does_not_grow_with_the_iterations():
+    stream, constants = digits(ITERATIONS=120, GENERATOR="wgan-gp")
+    strategy = Generator.make_generator_strategy(stream, constants)
+    pages = []
+
+    class Watch:
+        def after_training_iteration(self, strategy, **kwargs):
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+
+    strategy.plugins.append(Watch())
+    strategy.train(stream.train_stream[0])
+    assert len(pages) == 600 and (pages[-1] - pages[100]) * 4096 < 50e6
 
 
 @pytest.mark.parametrize("generator", ["vae", "cvae", "wgan-gp"])
