@@ -224,7 +224,7 @@ def has_margin(benchmark) -> bool:
 
     Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image, as permuted pixels do.
     The training images of the whole stream decide, before the first experience is learned;
-    INPUT_SHIFT sets the shift without a look at them.
+    INPUT_SHIFT sets the shift whatever they are.
     """
     import torch
 

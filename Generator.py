@@ -89,14 +89,13 @@ def make_generator_strategy(benchmark, constants: BaseModel, **replay):
     units, latent_size = constants.HIDDEN_UNITS, constants.LATENT_SIZE
     adam = {"lr": constants.GENERATOR_LEARNING_RATE}
     loss = partial(negative_elbo, kl_weight=constants.KL_WEIGHT)
+    strategy = partial(VAETraining, criterion=loss)
     if constants.GENERATOR == "vae":
         components = constants.MIXTURE_COMPONENTS
         density = ClassConditionalGMM(components, latent_size) if components else None
         model = VAE(shape, units, latent_size, density, normalize)
-        strategy = partial(VAETraining, criterion=loss)
     elif constants.GENERATOR == "cvae":
         model = ConditionalVAE(shape, n_classes, units, latent_size, normalize)
-        strategy = partial(VAETraining, criterion=loss)
     else:
         model, strategy = WGAN(shape, units, latent_size), WGANTraining
         adam["betas"] = 0.5, 0.9  # as in Gulrajani et al.'s code for MNIST
