@@ -172,7 +172,7 @@ def test_auto_falls_back_on_the_digits_and_says_so(tmp_path):
 
 
 def test_the_ablation_adds_components_one_by_one_and_leaves_each_out(tmp_path):
-    words = *SMALL[:4], "--iterations", 3, "--n-experiences", 2
+    words = *SMALL[:4], "--iterations", 3, "--n-experiences", 2, "--bfloat16", "true"
     done = run("figures.ablation", *words, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "results" / "figures" / "ablation.png").exists()
     names = ["plain DGR", *(f"+ {name}" for name in COMPONENTS)]
@@ -194,6 +194,20 @@ def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
     run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
     final = {name: r["final_accuracy"] for (name, _), r in records(tmp_path / "results").items()}
     assert final["replay"] > final["naive"] + 0.4
+
+
+def test_no_thread_is_slowed_down_by_denormal_numbers():
+    program = """if True:
+        import numpy, torch, Generator
+        torch.set_num_threads(2)
+        constants = Generator.read_constants(Generator)
+        Generator.load_images(constants.model_copy(update={"DATASET": "digits"}))
+        product = torch.full((1_000_000,), 1e-30) * 1e-10  # each thread computes a half
+        torch.set_flush_denormal(False)  # or they would be counted as zeros anyway
+        print(numpy.count_nonzero(product))
+    """
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"0\n"
 
 
 def test_forgetting():
