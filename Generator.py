@@ -238,8 +238,12 @@ def load_images(constants: BaseModel) -> Images:
     :raises UserError: if a data set is damaged, or isn't one.
     :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
+    import torch
     from sklearn.model_selection import train_test_split
 
+    # Here, since the threads that torch is about to start take it over: moments of Adam that decay
+    # in units without gradient become denormal numbers, with which a step takes ten times as long.
+    torch.set_flush_denormal(True)
     name, size = constants.DATASET, constants.VALIDATION_SIZE
     published = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
     if name == "digits":

@@ -256,6 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, medians = arguments.quick, {}
     repeats, slow, iterations = (3, 1, 25) if quick else (7, 7, 100)
+    torch.set_flush_denormal(True)  # as in the scripts, see Generator.load_images
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'ratio':48} {'target':>8} {'median':>7} {'spread':>13}   n")
 
