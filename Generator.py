@@ -187,9 +187,9 @@ def run(images: "Images", constants: BaseModel, seed: int) -> None:
             arrays = {kind: torch.stack(state[kind]).numpy() for kind in kinds}
             results.save_arrays(folder / "samples.npz", originals=originals.cpu().numpy(), **arrays)
             results.save_record(folder / "generator.json", record)  # last: the run is finished
-    record = json.loads((folder / "generator.json").read_text())
-    with np.load(folder / "samples.npz") as arrays:
-        draw.save(draw.generator(record, arrays), folder / "generator.png")
+        record = json.loads((folder / "generator.json").read_text())
+        with np.load(folder / "samples.npz") as arrays:
+            draw.save(draw.generator(record, arrays), folder / "generator.png")
     print(f"{title}: {folder / 'generator.png'}")
 
 

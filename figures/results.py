@@ -74,6 +74,8 @@ def run_lock(folder: Path, title: str) -> Iterator[None]:
         print(f"{title}: waiting for another process that works on it", flush=True)
         lock.acquire()
     try:
+        for path in folder.glob(".[0-9]*-*"):  # left by a killed process
+            path.unlink()
         yield
     except FloatingPointError as error:
         raise UserError(f"{title}: {error}; try a lower LEARNING_RATE") from error

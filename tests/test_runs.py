@@ -85,12 +85,14 @@ def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(script, change
     killed.kill()
     killed.join()
     assert not list(state.parent.glob("*.json"))  # it wasn't finished
+    (state.parent / ".1-samples.npz").write_bytes(b"half")  # as if killed while it wrote this
     again = run(script, *words, "--results-dir", "killed", cwd=tmp_path)
     assert whole.returncode == again.returncode == 0 and whole.stderr == again.stderr == ""
     assert "experience 1/5" in whole.stdout
     assert "experience 1/5" not in again.stdout  # it went on
     found = numbers(tmp_path / "killed")
     assert len(found) >= 2 and found == numbers(tmp_path / "whole")
+    assert not list(state.parent.glob(".*"))
 
 
 @pytest.mark.soak
