@@ -2,8 +2,7 @@
 
 A *scholar* is a solver (classifier) and a generator of the past. `GenerativeModel` is the contract
 of any generator, `VAE` that of the scholar, `negative_elbo` its loss, `ClassConditionalGMM` the
-density from which its latent variables are sampled once it has been trained. Two other generators,
-`ConditionalVAE` and `WGAN`, come last.
+density from which its latent variables are sampled once it has been trained.
 """
 
 import math
@@ -15,16 +14,16 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 class GenerativeModel(nn.Module, ABC):
     """Define the contract of a generator: generate images of everything learned so far.
 
-    To be trained by `GeneratorTraining` it also needs `forward(images, labels)`.
-    Replay samples from a frozen deep copy. An interrupted run goes on from the `state_dict`: all
-    that has to survive lives in parameters and buffers, and no training image may be kept.
-    A class-conditional generator also says which classes it can be asked for.
+    Replay samples from a frozen copy, so `copy.deepcopy` has to work (hooks such as the old
+    `torch.nn.utils.spectral_norm` and `weight_norm` prevent it, those in `parametrizations` don't).
+    An interrupted run goes on from the `state_dict`: all that has to survive lives in parameters
+    and buffers. No training image may be kept.
     """
 
     @abstractmethod
@@ -37,15 +36,6 @@ class GenerativeModel(nn.Module, ABC):
         :param condition: class labels (int64), shape (batch_size,); None: any learned class.
         :return: images in [0, 1], shape (batch_size, C, H, W), or (C, H, W) for a single one.
         """
-
-    def learned_classes(self) -> Tensor | None:
-        """Return the classes learned so far (int64), shape (n,); None: unconditional."""
-        return None
-
-    def sample_labels(self, count: int) -> Tensor:
-        """Sample class labels (int64), shape (count,), each learned class equally often."""
-        classes = self.learned_classes()
-        return classes[torch.randint(len(classes), (count,), device=classes.device)]
 
 
 class VAE(GenerativeModel):
@@ -106,67 +96,48 @@ class VAE(GenerativeModel):
         """
         return z_mean + torch.exp(0.5 * z_log_var) * torch.randn_like(z_mean)
 
-    def decoder_input(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """Return the input of the decoder: z alone, or with its class in a `ConditionalVAE`."""
-        return z
-
-    def decode(self, decoder_input: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Decode to logits of the pixels' Bernoulli distributions; their sigmoid is the image.
 
-        :param decoder_input: from the method of that name, or from `sample_decoder_input`.
+        :param z: latents, shape (batch, latent_size).
         :return: logits, shape (batch, C, H, W).
         """
-        return self.decoder(decoder_input)
+        return self.decoder(z)
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, replayed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pass images through the computational graph: encode, sample z, decode.
 
         :param x: images in [0, 1], shape (batch, C, H, W).
-        :param y: their class labels, for `decoder_input`.
-        :param replayed: m inputs of the decoder, to be decoded behind those of the images (for
-            `ReplayAlignmentPlugin`). Their z_mean and z_log_var are 0, as is the divergence.
-        :return: logits (batch + m, C, H, W), z_mean and z_log_var (batch + m, latent_size): the
-            arguments of `negative_elbo`.
+        :return: logits, shape (batch, C, H, W); z_mean and z_log_var, shape (batch, latent_size).
         """
         z_mean, z_log_var = self.encode(x)
-        decoder_input = self.decoder_input(self.reparametrize(z_mean, z_log_var), y)
-        if replayed is not None:
-            decoder_input, m = torch.cat([decoder_input, replayed]), len(replayed)
-            z_mean, z_log_var = (F.pad(part, (0, 0, 0, m)) for part in (z_mean, z_log_var))
-        return self.decode(decoder_input), z_mean, z_log_var
+        return self.decode(self.reparametrize(z_mean, z_log_var)), z_mean, z_log_var
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruct images from the mean of q(z|x), without noise; shapes as in `forward`."""
-        return torch.sigmoid(self.decode(self.decoder_input(self.encode(x)[0], y)))
-
-    def learned_classes(self) -> Tensor | None:
-        """Return the classes to which the density has been fitted; None: there is no density."""
-        return None if self.density is None else self.density.labels.unique()
+        return torch.sigmoid(self.decode(self.encode(x)[0]))
 
     @torch.no_grad()
-    def sample_decoder_input(self, count: int, condition: Tensor | None = None) -> Tensor:
+    def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
         """Sample z from the density, or from the prior N(0, I) as long as nothing is fitted.
 
-        :param condition: class labels (int64), shape (count,); None: any learned class.
-        :return: inputs of the decoder, shape (count, latent_size).
+        :param condition: class labels (int64), shape (count,); None: each class equally often.
+        :return: latents, shape (count, latent_size).
         :raises ValueError: if no density is fitted to a class of the condition.
         """
         fitted = torch.empty(0) if self.density is None else self.density.labels
         if condition is not None and not torch.isin(condition, fitted.to(condition)).all():
             raise ValueError("the condition has classes to which no density is fitted")
         if len(fitted):
-            y = self.sample_labels(count) if condition is None else condition
-            return self.density.sample(y)
+            return self.density.sample(count, condition)
         return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
 
     @torch.no_grad()
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
         """Generate the mean image of p(x|z) for sampled z; see `GenerativeModel.generate`."""
         was_training, count = self.training, 1 if batch_size is None else batch_size
-        images = torch.sigmoid(self.eval().decode(self.sample_decoder_input(count, condition)))
+        images = torch.sigmoid(self.eval().decode(self.sample_latents(count, condition)))
         self.train(was_training)
         return images[0] if batch_size is None else images
 
@@ -177,8 +148,8 @@ def negative_elbo(
     """Compute the negative evidence lower bound of each image, in nats: the loss of the VAE.
 
     -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), the expectation from one sample of z (Kingma &
-    Welling 2014, eq. 10). The first term is Bernoulli (binary cross-entropy, summed over pixels),
-    the second has the closed form ½ Σ (σ² + z_mean² - 1 - z_log_var), summed over latents.
+    Welling 2014, eq. 10). The first term is the `reconstruction_error`, the second has the closed
+    form ½ Σ (σ² + z_mean² - 1 - z_log_var), summed over latents.
     A weight below 1 (β in Higgins et al. 2017) gives sharper images, and encodings further from the
     prior: good if z is sampled from a density that is fitted to the encodings.
 
@@ -188,10 +159,13 @@ def negative_elbo(
     :return: one loss for each image, shape (batch,).
     """
     logits, z_mean, z_log_var = output
-    pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    reconstruction = pixels.flatten(1).sum(1)
     kl = 0.5 * (z_log_var.exp() + z_mean.square() - 1 - z_log_var).sum(1)
-    return reconstruction + kl_weight * kl
+    return reconstruction_error(x, logits) + kl_weight * kl
+
+
+def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
+    """Compute -log p(x|z) of each image, in nats: binary cross-entropy, summed over pixels."""
+    return binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
 
 
 class ClassConditionalGMM(nn.Module):
@@ -254,12 +228,15 @@ class ClassConditionalGMM(nn.Module):
                 row[0, :count] = torch.as_tensor(new)
                 setattr(self, name, torch.cat([old, row]))
 
-    def sample(self, y: Tensor) -> Tensor:
-        """Sample latents of given classes: a mixture of the class, a component of it, z.
+    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
+        """Sample latents: a class, a mixture of the class, a component of it, z.
 
-        :param y: class labels (int64), shape (n,).
-        :return: latents, shape (n, latent_size).
+        :param y: class labels (int64), shape (count,); None: each fitted class equally often.
+        :return: latents, shape (count, latent_size).
         """
+        if y is None:
+            classes = self.labels.unique()
+            y = classes[torch.randint(len(classes), (count,), device=classes.device)]
         of_the_class = (self.labels == y.to(self.labels)[:, None]).float()
         mixture = Categorical(of_the_class, validate_args=False).sample()
         component = Categorical(self.weights[mixture], validate_args=False).sample()
@@ -267,123 +244,3 @@ class ClassConditionalGMM(nn.Module):
         return MultivariateNormal(
             mean.float(), scale_tril=scale.float(), validate_args=False
         ).sample()
-
-
-# --- Other generators -----------------------------------------------------------------------------
-
-
-class ConditionalVAE(VAE):
-    """Give the decoder of a VAE the class: p(x|z, y), with z ~ N(0, I) and y as a one-hot vector.
-
-    Kingma et al. 2014 (arXiv 1406.5298, model M2), but the encoder isn't given the class: it sees
-    the image.
-
-    :param classes: number of classes in the whole stream; for the others see `VAE`.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        classes: int,
-        hidden_units: int = 400,
-        latent_size: int = 8,
-        normalize: nn.Module | None = None,
-    ):
-        super().__init__(shape, hidden_units, latent_size, normalize=normalize)
-        self.decoder[0] = nn.Linear(latent_size + classes, hidden_units)
-        self.register_buffer("learned", torch.zeros(classes, dtype=torch.bool))
-
-    def decoder_input(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return z and the one-hot class, shape (batch, latent_size + classes)."""
-        return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
-
-    def forward(self, x: Tensor, y: Tensor, replayed: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Pass images through the graph as in a `VAE`, and note the classes trained on."""
-        if self.training:
-            self.learned[y] = True
-        return super().forward(x, y, replayed)
-
-    def learned_classes(self) -> Tensor:
-        """Return the classes trained on (int64), shape (n,)."""
-        return self.learned.nonzero().flatten()
-
-    def sample_decoder_input(self, count: int, condition: Tensor | None = None) -> Tensor:
-        """Sample z from the prior, and a class unless it is given."""
-        y = self.sample_labels(count) if condition is None else condition
-        return self.decoder_input(super().sample_decoder_input(count), y)
-
-
-class WGAN(GenerativeModel):
-    """Learn images with a fully connected Wasserstein GAN, the generator of Shin et al. 2017.
-
-    The critic learns to score real images higher than generated ones, the generator to be scored
-    high (Arjovsky et al. 2017, arXiv 1701.07875). Both have two hidden layers, like the halves of
-    the VAE, and are carried on from one experience to the next.
-
-    :param shape: shape of one image, (channels, height, width).
-    :param hidden_units: units in each hidden layer.
-    :param latent_size: dimensions of the noise z ~ N(0, I).
-    """
-
-    def __init__(self, shape: tuple, hidden_units: int = 400, latent_size: int = 32):
-        super().__init__()
-        self.latent_size, pixels = latent_size, math.prod(shape)
-        self.generator = nn.Sequential(
-            nn.Linear(latent_size, hidden_units), nn.ReLU(),
-            nn.Linear(hidden_units, hidden_units), nn.ReLU(),
-            nn.Linear(hidden_units, pixels), nn.Sigmoid(),
-            nn.Unflatten(1, tuple(shape)),
-        )  # fmt: skip
-        self.critic = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(pixels, hidden_units), nn.LeakyReLU(0.2),
-            nn.Linear(hidden_units, hidden_units), nn.LeakyReLU(0.2),
-            nn.Linear(hidden_units, 1), nn.Flatten(0),
-        )  # fmt: skip
-
-    def sample(self, count: int) -> Tensor:
-        """Generate images with gradients, shape (count, C, H, W)."""
-        z = torch.randn(count, self.latent_size, device=self.critic[1].weight.device)
-        return self.generator(z)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Score real images, as many generated ones, and points between them.
-
-        :param x: images in [0, 1], shape (batch, C, H, W).
-        :param y: their class labels, which play no role.
-        :return: scores of the real and of the generated images, and the norm of the score's
-            gradient at a random point between the two, shape (batch,) each: see `critic_loss`.
-        """
-        with torch.no_grad():
-            generated = self.sample(len(x))
-            between = x.lerp(generated, torch.rand(len(x), 1, 1, 1, device=x.device))
-        with torch.enable_grad():  # in evaluation too
-            score = self.critic(between.requires_grad_()).sum()
-            (gradient,) = torch.autograd.grad(score, between, create_graph=True)
-        return self.critic(x), self.critic(generated), gradient.flatten(1).norm(dim=1)
-
-    @torch.no_grad()
-    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Generate images; see `GenerativeModel.generate`.
-
-        :raises ValueError: if a condition is given.
-        """
-        if condition is not None:
-            raise ValueError("a WGAN is unconditional: leave condition at None")
-        images = self.sample(1 if batch_size is None else batch_size)
-        return images[0] if batch_size is None else images
-
-
-def critic_loss(x: Tensor, output: tuple[Tensor, Tensor, Tensor], penalty: float = 10) -> Tensor:
-    """Compute the loss of the critic of a `WGAN` for each image (Gulrajani et al. 2017, eq. 3).
-
-    It is the score of a generated image minus that of a real one, plus λ·(‖gradient‖ - 1)², which
-    keeps the score from changing faster than the image (arXiv 1704.00028).
-
-    :param x: images, whose scores are in `output` already.
-    :param output: what `WGAN.forward` returned for them.
-    :param penalty: λ.
-    :return: one loss for each image, shape (batch,).
-    """
-    real, generated, slope = output
-    return generated - real + penalty * (slope - 1).square()

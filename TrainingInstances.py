@@ -2,42 +2,27 @@
 
 `DeepGenerativeReplayPlugin` extends each minibatch by samples of the past, `ReplayTemplate` weighs
 present against past. On them stand `GenerativeReplay`, the strategy that trains the solver, and
-`VAETraining` and `WGANTraining`, the strategies that train the generator.
+`VAETraining`, the strategy that trains the generator.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import repeat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Sequential
+from torch.nn import Module
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-# Avalanche warns of missing QP solvers, which only GEM needs, and of evaluators without loggers.
-warnings.filterwarnings("ignore", message=".*QP solver.*")
-warnings.filterwarnings("ignore", message="No loggers specified")
-from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
-from avalanche.benchmarks.scenarios.task_aware import with_task_labels
-from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
-from avalanche.benchmarks.utils.classification_dataset import (
-    TaskAwareSupervisedClassificationDataset,
-)
-from avalanche.evaluation.metrics import loss_metrics
-from avalanche.training.plugins import (
-    EvaluationPlugin,
-    GenerativeReplayPlugin,
-    LRSchedulerPlugin,
-    SupervisedPlugin,
-)
-from avalanche.training.templates import SupervisedTemplate
-from avalanche.training.utils import load_all_dataset
+import figures.lab  # noqa: F401  # filters two warnings of Avalanche's
 
-from GenerativeModel import GenerativeModel, critic_loss, negative_elbo
+# isort: split
+from avalanche.evaluation.metrics import loss_metrics
+from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin, SupervisedPlugin
+from avalanche.training.templates import SupervisedTemplate
+
+from GenerativeModel import VAE, GenerativeModel, negative_elbo, reconstruction_error
 
 # --- Replay ---------------------------------------------------------------------------------------
 
@@ -47,8 +32,13 @@ class Samples(NamedTuple):
 
     x: Tensor  # images in [0, 1], shape (n, C, H, W)
     y: Tensor  # class labels (int64), shape (n,)
-    targets: Tensor | None = None  # soft targets, shape (n, classes)
-    decoder_input: Tensor | None = None  # what the images were decoded from, shape (n, ...)
+    targets: Tensor | None = None  # soft targets, shape (n, classes), or the labels once more
+    z: Tensor | None = None  # latents that the images were decoded from, shape (n, latent_size)
+
+    def split(self, n: int) -> tuple["Samples", "Samples"]:
+        """Divide the samples into the first n and the rest."""
+        halves = slice(n), slice(n, None)
+        return tuple(Samples(*(part if part is None else part[h] for part in self)) for h in halves)
 
 
 class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
@@ -78,15 +68,11 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
         2015, arXiv 1503.02531, eq. 1); None: hard labels.
-    :param replay_labels: "solver": the old solver labels; "generator": a class-conditional
-        generator does, by generating each learned class equally often.
-    :raises TypeError: if the generator's strategy has no `GenerativeModel`, or the generator is to
-        label and is unconditional.
-    :raises ValueError: if the generator is to label and a temperature is given.
+    :raises TypeError: if the generator's strategy has no `GenerativeModel`.
     """
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
-    saved = ("experiences_learned", "seen_classes", "untrained_solver")  # in the state of a run
+    saved = ("seen_classes", "untrained_solver")  # in the state of a run
 
     def __init__(
         self,
@@ -95,30 +81,25 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         increasing_replay_size: bool = False,
         ratio: float | None = None,
         temperature: float | None = None,
-        replay_labels: str = "solver",
     ):
         super().__init__(generator_strategy, True, replay_size, increasing_replay_size)
-        self.fixed_ratio, self.temperature, self.replay_labels = ratio, temperature, replay_labels
-        if generator_strategy is not None:
-            model = generator_strategy.model
-            if not isinstance(model, GenerativeModel):
-                raise TypeError(f"{type(model).__name__} has to be a subclass of GenerativeModel")
-            if replay_labels == "generator" and model.learned_classes() is None:
-                raise TypeError(f"{type(model).__name__} is unconditional: let the solver label")
-        if replay_labels == "generator" and temperature is not None:
-            raise ValueError("a generator's labels are hard: set TEMPERATURE to none")
-        if replay_labels not in ("solver", "generator"):
-            raise ValueError(f"replay_labels is {replay_labels!r}, not 'solver' or 'generator'")
-        self.old_generator = self.old_model = None
-        self.experiences_learned = 0
+        if not isinstance(self.generator, GenerativeModel | None):
+            kind = type(self.generator).__name__
+            raise TypeError(f"{kind} has to be a subclass of GenerativeModel")
+        self.ratio, self.temperature = ratio, temperature
         self.seen_classes: list[int] = []
-        self.ahead: list[Samples] = []  # generated for minibatches to come
+        self.release_old_scholar()
+
+    def release_old_scholar(self) -> None:
+        """Forget the frozen copies and what they have generated."""
+        self.old_generator = self.old_model = None
+        self.ahead: Samples | None = None  # for minibatches to come
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
-    @property
-    def ratio(self) -> float:
-        """Return the weight r of the current data in the loss (Shin et al. 2017, eq. 1)."""
-        return 1 / (self.experiences_learned + 1) if self.fixed_ratio is None else self.fixed_ratio
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Copy and freeze the old scholar, whatever an interrupted experience has left."""
+        self.release_old_scholar()
+        super().before_training_exp(strategy, **kwargs)
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate samples of the old scholar to the minibatch."""
@@ -126,40 +107,32 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         if self.untrained_solver or amount == 0:
             return
         if self.increasing_replay_size:
-            amount *= 2 ** (self.experiences_learned - 1)
-        if not self.ahead or len(self.ahead[0].x) != amount:
-            self.generate_ahead(amount)
-        self.replayed = self.ahead.pop()
+            amount *= 2 ** (strategy.clock.train_exp_counter - 1)
+        if self.ahead is None or len(self.ahead.x) < amount:
+            # The old scholar stays the same, so it generates for many minibatches at once.
+            count = amount * max(1, self.AHEAD // amount)
+            with torch.no_grad():
+                self.ahead = self.sample(count, self.old_generator, self.old_model)
+        self.ahead, self.replayed = self.ahead.split(len(self.ahead.x) - amount)
         # Replayed samples take the task label of the first real one: there is only one head.
         task_labels = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         pairs = zip(strategy.mbatch, [self.replayed.x, self.replayed.y, *task_labels], strict=True)
         strategy.mbatch = [torch.cat([real, past.to(real.device)]) for real, past in pairs]
 
-    @torch.no_grad()
-    def generate_ahead(self, amount: int) -> None:
-        """Sample for many minibatches at once, as the old scholar is the same for all of them."""
-        count = amount * max(1, self.AHEAD // amount)
-        samples = self.sample(count, self.old_generator, self.old_model)
-        parts = (repeat(None) if part is None else part.split(amount) for part in samples)
-        self.ahead = [Samples(*minibatch) for minibatch in zip(*parts)]
-
-    def sample(self, amount: int, generator: GenerativeModel, solver: Module | None) -> Samples:
+    def sample(self, count: int, generator: GenerativeModel, solver: Module | None) -> Samples:
         """Generate images of the learned experiences, and label them.
 
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
         """
-        if self.replay_labels == "generator":
-            y = generator.sample_labels(amount)
-            return Samples(generator.generate(amount, y), y)
-        x = generator.generate(amount)
+        x = generator.generate(count)
         if solver is None:
-            return Samples(x, torch.zeros(amount, dtype=torch.int64))
+            return Samples(x, torch.zeros(count, dtype=torch.int64))
         all_logits = solver(x)
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
-        targets = None if self.temperature is None else (logits / self.temperature).softmax(1)
-        return Samples(x, logits.argmax(1), targets)
+        y = logits.argmax(1)
+        return Samples(x, y, (logits / self.temperature).softmax(1) if self.temperature else y)
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again, so that training accuracy is of real ones only."""
@@ -173,19 +146,18 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.replayed = None
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Train the generator on the experience too, and release the old scholar."""
-        super().after_training_exp(strategy, **kwargs)
-        self.experiences_learned += 1
-        self.old_generator, self.old_model, self.ahead = None, None, []
+        """Release the old scholar, and train the generator on the experience too."""
+        self.release_old_scholar()
         strategy.optimizer.zero_grad()  # the last gradient can show an image
         if not self.model_is_generator:
+            self.generator_strategy.train(strategy.experience, **kwargs)
             new_classes = strategy.experience.dataset.targets.uniques
             self.seen_classes = sorted({*self.seen_classes, *map(int, new_classes)})
-            self.generator_strategy.train(strategy.experience, **kwargs)
+        super().after_training_exp(strategy, **kwargs)  # from now on there is a past to replay
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
-    """Align the new decoder of a class-conditional VAE with the old one, and fit its density.
+    """Align the new decoder of a VAE with the old one, and fit the density of its latents.
 
     A VAE that encodes and decodes its samples like any other image blurs them a little more
     each time, by the noise of z. Here the density of the old latents is kept, and only the images
@@ -194,16 +166,15 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
     doesn't need it any more.
     """
 
-    def sample(self, amount: int, generator: GenerativeModel, solver: None) -> Samples:
-        """Generate unlabelled images together with what they are decoded from."""
-        decoder_input = generator.sample_decoder_input(amount)
-        x = torch.sigmoid(generator.decode(decoder_input))
-        y = torch.zeros(amount, dtype=torch.int64)  # unused: nothing here depends on labels
-        return Samples(x, y, decoder_input=decoder_input)
+    def sample(self, count: int, generator: VAE, solver: None) -> Samples:
+        """Generate unlabelled images together with the latents that they are decoded from."""
+        z = generator.sample_latents(count)
+        x = torch.sigmoid(generator.decode(z))
+        return Samples(x, torch.zeros(count, dtype=torch.int64), z=z)
 
     @torch.no_grad()
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Fit the density of the latents to the experience's encodings, if there is a density."""
+        """Fit the density of the latents to the experience's encodings."""
         model, device = strategy.model, strategy.device
         if model.density is not None:
             strategy.make_eval_dataloader(**kwargs)
@@ -218,32 +189,29 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
 class ReplayTemplate(SupervisedTemplate):
     """Train a model on current and replayed data, weighted (Shin et al. 2017, eq. 1).
 
-    Without replay it is plain fine-tuning.
+    Without replay it is plain fine-tuning. For another loss override `loss_per_image`.
 
-    :param criterion: (output, labels) -> loss of each image; cross-entropy by default.
-    :param replay: plugin that extends the minibatches; None: no replay.
+    :param replay_plugin: plugin that extends the minibatches; None: no replay.
     :param iterations: minibatches in an epoch, whatever the size of the experience, as in van de
         Ven et al.; None: one pass through it, as in Avalanche.
-    :param bfloat16: train in mixed precision: matrix products and what is computed from them in
-        bfloat16, weights and cross-entropies in float32 (`torch.autocast`); None: don't.
+    :param bfloat16: train in mixed precision (Kalamkar et al. 2019, arXiv 1905.12322): matrix
+        products in bfloat16, weights and cross-entropies in float32 (`torch.autocast`).
     :param base_kwargs: as for `avalanche.training.templates.SupervisedTemplate`.
     """
 
     def __init__(
         self,
         *,
-        criterion: Callable = partial(cross_entropy, reduction="none"),
-        replay: DeepGenerativeReplayPlugin | None = None,
+        replay_plugin: DeepGenerativeReplayPlugin | None = None,
         iterations: int | None = None,
-        bfloat16: bool | None = False,
-        plugins: Sequence = (),
+        bfloat16: bool = False,
+        plugins: Sequence[SupervisedPlugin] = (),
         **base_kwargs,
     ):
-        self.replay, self.iterations, self.loss_of_each = replay, iterations, criterion
-        self.bfloat16 = bool(bfloat16)
-        plugins = [*plugins, *([replay] if replay else [])]
-        # Avalanche's plugins, such as EWC, expect a mean; training calls the method below.
-        base_kwargs["criterion"] = lambda *both: criterion(*both).mean()
+        if "criterion" in base_kwargs:
+            raise TypeError("instead of giving a criterion, override loss_per_image")
+        self.replay_plugin, self.iterations, self.bfloat16 = replay_plugin, iterations, bfloat16
+        plugins = [*plugins, *([replay_plugin] if replay_plugin else [])]
         super().__init__(plugins=plugins, **base_kwargs)
 
     def criterion(self) -> Tensor:
@@ -252,24 +220,26 @@ class ReplayTemplate(SupervisedTemplate):
         Each L is a mean over images, so that r decides how much the past matters; the number of
         replayed images only decides how noisy its gradient is.
         """
-        losses, n = self.losses(), self.n_real
+        losses, n = self.loss_per_image(), self.n_real
         if n == len(losses):
             return losses.mean()
-        r = self.replay.ratio
+        r = self.replay_plugin.ratio
+        if r is None:
+            r = 1 / (self.clock.train_exp_counter + 1)
         return r * losses[:n].mean() + (1 - r) * losses[n:].mean()
 
     @property
     def n_real(self) -> int:
         """Count the real images in the minibatch; those behind them are replayed."""
-        replayed = self.replay.replayed if self.replay else None
-        return len(self.mb_x) - (len(replayed.x) if replayed else 0)
+        replaying = self.is_training and self.replay_plugin and self.replay_plugin.replayed
+        return len(self.mb_x) - (len(self.replay_plugin.replayed.x) if replaying else 0)
 
-    def losses(self) -> Tensor:
+    def loss_per_image(self) -> Tensor:
         """Compute the loss of each image in the minibatch, shape (batch,)."""
-        return self.loss_of_each(self.mb_output, self.mb_y)
+        return cross_entropy(self.mb_output, self.mb_y, reduction="none")
 
     def training_epoch(self, **kwargs):
-        """Train on the minibatches, in bfloat16 if wanted (Kalamkar et al. 2019, 1905.12322)."""
+        """Train on the minibatches, in bfloat16 if wanted."""
         kind = self.device.type, torch.bfloat16, self.bfloat16
         with torch.autocast(*kind, cache_enabled=False):  # weights change within the context
             super().training_epoch(**kwargs)
@@ -296,106 +266,65 @@ class ReplayTemplate(SupervisedTemplate):
 class GenerativeReplay(ReplayTemplate):
     """Train the solver with Deep Generative Replay.
 
-    Its `replay`, a `DeepGenerativeReplayPlugin`, then trains the generator on each experience.
+    Its `replay_plugin` then trains the generator on each experience.
     """
 
-    def losses(self) -> Tensor:
-        """Compute the loss of each image: of replayed ones with soft targets, if there are any.
+    def loss_per_image(self) -> Tensor:
+        """Compute the loss of each image: of real ones with their labels, of replayed ones with
+        the old solver's targets.
 
-        That is the cross-entropy of softmax(logits / T) to the old solver's, without the customary
-        factor T² (Hinton et al. 2015, section 2), which would give the past more weight.
+        With soft targets that is the cross-entropy of softmax(logits / T) to the old solver's,
+        without the customary factor T² (Hinton et al. 2015, section 2), which would give the past
+        more weight.
         """
-        losses, replayed, n = super().losses(), self.replay.replayed, self.n_real
-        if replayed is None or replayed.targets is None:
+        n, plugin = self.n_real, self.replay_plugin
+        losses = cross_entropy(self.mb_output[:n], self.mb_y[:n], reduction="none")
+        if n == len(self.mb_x):
             return losses
-        logits = self.mb_output[n:] / self.replay.temperature
-        return torch.cat([losses[:n], cross_entropy(logits, replayed.targets, reduction="none")])
+        logits = self.mb_output[n:] / (plugin.temperature or 1)
+        past = cross_entropy(logits, plugin.replayed.targets, reduction="none")
+        return torch.cat([losses, past])
 
 
-class GeneratorTraining(ReplayTemplate):
-    """Train a generator along a stream, each experience with replay of its past.
+class VAETraining(ReplayTemplate):
+    """Train a `VAE` along a stream, each experience with replay of its past.
 
-    A class-conditional generator replays each learned class equally often, with its label.
-
-    :param model: a `GenerativeModel` whose `forward` takes images and their class labels.
-    :param criterion: (images, output of the model) -> loss of each image.
-    :param plugin: class of the replay plugin.
-    :param replay_size, increasing_replay_size, ratio: as for `DeepGenerativeReplayPlugin`.
+    :param model: the VAE.
+    :param replay_plugin: a `ReplayAlignmentPlugin` if the VAE has a density.
+    :param kl_weight: β of `negative_elbo`; 1 suits a VAE without density.
     :param base_kwargs: as for `ReplayTemplate` (optimizer, iterations, train_mb_size, ...).
     """
 
-    def __init__(
-        self,
-        *,
-        model: GenerativeModel,
-        criterion: Callable,
-        plugin: type[DeepGenerativeReplayPlugin] = DeepGenerativeReplayPlugin,
-        replay_size: int | None = None,
-        increasing_replay_size: bool = False,
-        ratio: float | None = None,
-        **base_kwargs,
-    ):
-        # Without a solver, replayed images of an unconditional generator stay unlabelled.
-        labels = "solver" if model.learned_classes() is None else "generator"
-        replay = plugin(None, replay_size, increasing_replay_size, ratio, replay_labels=labels)
+    def __init__(self, *, model: VAE, kl_weight: float = 0.07, **base_kwargs):
+        self.kl_weight = kl_weight
         base_kwargs.setdefault("evaluator", EvaluationOnly(loss_metrics(experience=True)))
-        super().__init__(model=model, criterion=criterion, replay=replay, **base_kwargs)
+        super().__init__(model=model, **base_kwargs)
 
-    def forward(self) -> Tensor | tuple[Tensor, ...]:
-        """Compute the output of the model for images and their labels."""
-        return self.model(self.mb_x, self.mb_y)
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode and decode images; of aligned ones only decode the latents.
 
-    def losses(self) -> Tensor:
-        """Compute the loss of each image, shape (batch,)."""
-        return self.loss_of_each(self.mb_x, self.mb_output)
+        :return: as `VAE.forward`, but z_mean and z_log_var of real images alone if the others are
+            aligned.
+        """
+        n = self.n_real
+        if n == len(self.mb_x) or self.replay_plugin.replayed.z is None:
+            return self.model(self.mb_x)
+        z_mean, z_log_var = self.model.encode(self.mb_x[:n])
+        z = torch.cat([self.model.reparametrize(z_mean, z_log_var), self.replay_plugin.replayed.z])
+        return self.model.decode(z), z_mean, z_log_var
 
-
-class VAETraining(GeneratorTraining):
-    """Train a `VAE`; with replay alignment, if it has a density or is a `ConditionalVAE`."""
-
-    def __init__(self, *, model: GenerativeModel, criterion: Callable = negative_elbo, **kwargs):
-        if model.learned_classes() is not None:
-            kwargs.setdefault("plugin", ReplayAlignmentPlugin)
-        super().__init__(model=model, criterion=criterion, **kwargs)
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """Encode and decode real images; only decode what replayed ones were decoded from."""
-        replayed, n = self.replay.replayed, self.n_real
-        if replayed is None or replayed.decoder_input is None:
-            return super().forward()
-        return self.model(self.mb_x[:n], self.mb_y[:n], replayed.decoder_input)
-
-
-class WGANTraining(GeneratorTraining):
-    """Train a `WGAN`: two alternating objectives in Avalanche's loop of one loss and one step.
-
-    An iteration is a step of the critic; every n-th is followed by a step of the generator. One
-    optimizer serves both: Adam doesn't touch parameters without gradient, nor their moments.
-    Replayed images count as real ones, weighted (Shin et al. 2017, section 3).
-
-    :param n_critic: steps of the critic for each of the generator (Gulrajani et al., algorithm 1).
-    :param base_kwargs: as for `GeneratorTraining`; the criterion is the critic's.
-    """
-
-    def __init__(self, *, criterion: Callable = critic_loss, n_critic: int = 5, **base_kwargs):
-        self.n_critic = n_critic
-        base_kwargs["bfloat16"] = False  # too coarse for differences of the critic's large scores
-        super().__init__(criterion=criterion, **base_kwargs)
-
-    def optimizer_step(self):
-        """Step the critic and, after every `n_critic` of its steps, the generator."""
-        super().optimizer_step()
-        if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
-            self.optimizer.zero_grad()
-            loss = -self.model.critic(self.model.sample(len(self.mb_x))).mean()
-            loss.backward(inputs=list(self.model.generator.parameters()))
-            super().optimizer_step()
+    def loss_per_image(self) -> Tensor:
+        """Compute the negative ELBO of each image, of aligned ones its reconstruction error."""
+        logits, z_mean, z_log_var = self.mb_output
+        n = len(z_mean)
+        real = negative_elbo(self.mb_x[:n], (logits[:n], z_mean, z_log_var), self.kl_weight)
+        return torch.cat([real, reconstruction_error(self.mb_x[n:], logits[n:])])
 
 
 # --- Plugins that go with them --------------------------------------------------------------------
 
 
-class OneCyclePlugin(LRSchedulerPlugin):
+class OneCyclePlugin(SupervisedPlugin):
     """Raise the learning rate and anneal it to 0, in one cycle for each experience.
 
     Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate within
@@ -405,19 +334,27 @@ class OneCyclePlugin(LRSchedulerPlugin):
     and training images can be recognised in them.
 
     :param optimizer: the strategy's optimizer.
-    :param iterations: minibatches in an experience.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, iterations: int):
-        schedule = OneCycleLR(
-            optimizer, [group["lr"] for group in optimizer.param_groups],
-            total_steps=iterations + 1, pct_start=0.15, div_factor=10, cycle_momentum=False,
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        super().__init__()
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+    def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
+        """Begin a cycle, whatever an interrupted experience has left."""
+        strategy.optimizer.state.clear()
+        iterations = strategy.train_epochs * len(strategy.dataloader)
+        self.schedule = OneCycleLR(
+            strategy.optimizer, self.rates, total_steps=iterations + 1,
+            pct_start=0.15, div_factor=10, cycle_momentum=False,
         )  # fmt: skip
-        super().__init__(schedule, step_granularity="iteration")
+
+    def after_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
+        """Go on in the cycle."""
+        self.schedule.step()
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Reset the learning rate and the optimizer's moments."""
-        super().after_training_exp(strategy, **kwargs)
+        """Reset the optimizer's moments."""
         strategy.optimizer.state.clear()
 
 
@@ -444,10 +381,11 @@ class LossRecorder(SupervisedPlugin):
         self.losses[strategy.clock.train_exp_iterations] = strategy.loss.detach()
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Check the losses.
+        """Keep the losses of the iterations trained, and check them.
 
         :raises FloatingPointError: if one of them is infinite or not a number.
         """
+        self.losses = self.losses[: strategy.clock.train_exp_iterations]
         infinite = (~self.losses.isfinite()).nonzero()
         if len(infinite):
             first = int(infinite[0])
@@ -469,57 +407,3 @@ class EvaluationOnly(EvaluationPlugin):
 
     before_training_iteration = before_forward = after_forward = before_backward = skip
     after_backward = before_update = after_update = after_training_iteration = skip
-
-
-class TrainOnly(Sequential):
-    """Apply modules to the input in training mode only, such as random transforms."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input through the modules; in evaluation mode unchanged."""
-        return super().forward(x) if self.training else x
-
-
-# --- Data in memory -------------------------------------------------------------------------------
-
-
-def in_memory_benchmark(
-    train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]
-) -> CLScenario:
-    """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
-
-    Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
-    has extended, doesn't have them any more and is loaded sample by sample.
-
-    :param train: for each experience images in [0, 1], shape (n, C, H, W), and their class labels
-        (int64), shape (n,).
-    :param test: the same for its test set.
-    :return: a benchmark with `train_stream` and `test_stream`.
-    :raises ValueError: if pixels lie outside [0, 1].
-    """
-    streams = {"train": [], "test": []}
-    for stream, pairs in zip(streams.values(), (train, test)):
-        for x, y in pairs:
-            if x.min() < 0 or x.max() > 1:
-                raise ValueError(
-                    f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
-                    "leave Normalize out of the transforms, solver and generator normalize"
-                )
-            attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
-            dataset = TaskAwareSupervisedClassificationDataset(
-                [TensorDataset(x, y)], data_attributes=attributes
-            )
-            dataset.tensors = (x, y, torch.zeros_like(y))
-            stream.append(dataset)
-    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**streams)))
-
-
-def load_in_memory(benchmark: CLScenario) -> CLScenario:
-    """Load any Avalanche benchmark, such as `SplitFMNIST`, into memory, where it trains faster.
-
-    The transforms are applied once: a random one gives each image one variant for the whole run.
-    Class labels stay; task labels become 0, because there is one head.
-    """
-    streams = (benchmark.train_stream, benchmark.test_stream)
-    return in_memory_benchmark(
-        *([load_all_dataset(experience.dataset)[:2] for experience in s] for s in streams)
-    )

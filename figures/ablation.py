@@ -4,13 +4,16 @@
 option of GenerativeReplay.py. Edit the components here.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 import GenerativeReplay
-import Generator
-from figures import draw, results
+from figures import draw
+from figures.lab import data, report
+from figures.lab.constants import read_constants, run_command
+from figures.lab.runs import setup, side_by_side
 
 # The components in the order in which they are added, and the constants that turn each off.
 COMPONENTS = {
@@ -27,20 +30,23 @@ PLAIN_DGR = {name: value for off in COMPONENTS.values() for name, value in off.i
 
 def main() -> None:
     """Run plain DGR, each step to the default recipe and back from it, naive and joint; draw."""
-    constants = Generator.read_constants(Generator, GenerativeReplay)
-    if constants.GENERATOR != "vae":
-        raise results.UserError("the ablation takes the VAE apart: leave GENERATOR at vae")
-    images, constants = Generator.prepare(constants)
-    planned, off = [("replay", constants.model_copy(update=PLAIN_DGR), "plain DGR")], PLAIN_DGR
+    constants = setup(read_constants(GenerativeReplay, sys.argv[1:]))
+    images = data.load_images(constants)
+    constants = data.fill_in(constants, images)
+    plans, off = {"plain DGR": PLAIN_DGR}, PLAIN_DGR
     for component, constants_off in COMPONENTS.items():
         off = {name: value for name, value in off.items() if name not in constants_off}
-        planned.append(("replay", constants.model_copy(update=off), f"+ {component}"))
+        plans[f"+ {component}"] = off
     for component, off in list(COMPONENTS.items())[:-1]:  # without the last: the step before
-        planned.append(("replay", constants.model_copy(update=off), f"without {component}"))
-    planned += [("naive", constants, "naive"), ("joint", constants, "joint")]
-    runs = GenerativeReplay.run_all(planned, images, constants)
+        plans[f"without {component}"] = off
+    plans = [
+        {"strategy": "replay", "constants": constants.changed(**off), "name": name}
+        for name, off in plans.items()
+    ]
+    plans += [{"strategy": name, "constants": constants} for name in ("naive", "joint")]
+    runs = side_by_side(GenerativeReplay.experiment, plans, images, constants)
     folder = Path(constants.RESULTS_DIR)
-    print("\n" + results.table(runs))
+    print("\n" + report.table(runs))
     draw.save(ablation(runs), folder / "figures" / "ablation.png")
 
 
@@ -50,7 +56,7 @@ def ablation(runs: list[dict]) -> plt.Figure:
 
     The lower bound is left to the table: drawn here, it would push all others into a corner.
     """
-    rows = {name: row["final_accuracy"] for name, row in results.statistics(runs).items()}
+    rows = {name: row["final_accuracy"] for name, row in report.statistics(runs).items()}
     steps = ["plain DGR", *(f"+ {component}" for component in COMPONENTS), "joint"]
     left_out = [f"without {component}" for component in COMPONENTS]
     left_out[-1] = steps[-3]  # without the last: the step before
@@ -76,4 +82,4 @@ def ablation(runs: list[dict]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    results.run_command(main)
+    run_command(main)

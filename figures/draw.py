@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import Normalize, PowerNorm
 
-from figures import results
+from figures.lab import report
+from figures.lab.constants import UserError, run_command
+from figures.lab.runs import atomic, save_record
 
 WIDTH = 8  # inches: a column of the README
 STYLE = {
@@ -35,30 +37,35 @@ ORDER = ("replay", "naive", "joint", "er")
 def main() -> None:
     """Summarize the runs in the folder that the command line names."""
     if len(sys.argv) != 2:
-        raise results.UserError("name one folder of results: python -m figures.draw results")
+        raise UserError("name one folder of results: python -m figures.draw results")
     folder = Path(sys.argv[1])
-    summarize(results.read_runs(folder), folder)
+    summarize(report.read_runs(folder), folder)
 
 
 def summarize(runs: list[dict], folder: Path) -> None:
     """Print the table of runs, and write it, tidy rows and all figures into a folder."""
     runs = in_order(runs)
-    print("\n" + results.table(runs))
+    print("\n" + report.table(runs))
     for text in {run["notice"] for run in runs} - {""}:
         print(f"These are numbers of {text}.")
-    results.save_record(folder / "summary.json", results.statistics(runs))
-    with results.atomic(folder / "metrics.csv") as path:
-        path.write_text(results.tidy(runs), encoding="utf-8")
+    save_record(folder / "summary.json", report.statistics(runs))
+    with atomic(folder / "metrics.csv") as path:
+        path.write_text(report.tidy(runs), encoding="utf-8")
     save(accuracy_so_far(runs), folder / "figures" / "accuracy.png")
-    for name, group in results.by_name(runs).items():
-        functions = [accuracy_matrix, confusion_matrix, forgetting]
-        for function in samples, losses:
-            if all((run["folder"] / f"{function.__name__}.npz").exists() for run in group):
-                functions.append(function)
+    for name, group in report.by_name(runs).items():
+        functions = [accuracy_matrix, confusion_matrix, forgetting, losses]
+        if "samples" in arrays_of(group[0]):
+            functions.append(samples)
         ending = re.sub(r"\W+", "-", name).strip("-")
         for function in functions:
             save(function(group), folder / "figures" / f"{function.__name__}-{ending}.png")
     print(f"Results are in {folder}, figures in {folder / 'figures'}")
+
+
+def arrays_of(run: dict) -> dict[str, np.ndarray]:
+    """Read the arrays of a run."""
+    with np.load(run["folder"] / "arrays.npz") as arrays:
+        return dict(arrays)
 
 
 def in_order(runs: list[dict]) -> list[dict]:
@@ -68,14 +75,14 @@ def in_order(runs: list[dict]) -> list[dict]:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Save a figure and close it."""
-    with results.atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary)
     plt.close(figure)
 
 
 def title(what: str, runs: list[dict]) -> str:
     """Compose the title of a figure: what it shows, of which runs, and their notice."""
-    groups = results.by_name(runs)
+    groups = report.by_name(runs)
     parts = ["/".join(sorted({run["dataset"] for run in runs}))]
     if len(groups) == 1:
         parts += groups
@@ -97,7 +104,7 @@ def experience_names(runs: list[dict]) -> list[str]:
 def styled(runs: list[dict]) -> Iterator[tuple[list[dict], dict]]:
     """Group runs of the same name, each with the style of its line."""
     styles = zip(cycle(COLOURS), cycle(MARKERS))
-    for (name, group), (colour, marker) in zip(results.by_name(runs).items(), styles):
+    for (name, group), (colour, marker) in zip(report.by_name(runs).items(), styles):
         yield group, {"label": name, "color": colour, "marker": marker}
 
 
@@ -148,7 +155,7 @@ def separate_pairs(axes, pairs: int) -> None:
 def samples(runs: list[dict]) -> plt.Figure:
     """Draw generated images after each experience of the first run, two for each class."""
     run = runs[0]
-    images = np.load(run["folder"] / "samples.npz")["samples"]
+    images = arrays_of(run)["samples"]
     experiences, columns = images.shape[:2]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + WIDTH * 0.93 * experiences / columns))
     names = [run["classes"][label] for label in run["label_order"]]
@@ -164,25 +171,20 @@ def samples(runs: list[dict]) -> plt.Figure:
 
 
 @plt.rc_context(STYLE)
-def generator(run: dict, arrays: dict) -> plt.Figure:
+def generator(run: dict) -> plt.Figure:
     """Draw samples after each experience, and test images beside their reconstructions."""
-    images, originals = arrays["samples"], arrays["originals"]
-    reconstructions = arrays.get("reconstructions")
-    rows = 1 if reconstructions is None else 2
-    height = rows * (0.5 + WIDTH * 0.93 * len(images) / images.shape[1])
-    figure, axes = plt.subplots(rows, figsize=(WIDTH, height), squeeze=False)
-    labels = experience_names([run])
-    upper = axes[0, 0]
+    arrays, labels = arrays_of(run), experience_names([run])
+    images, reconstructions = arrays["samples"], arrays["reconstructions"]
+    height = 2 * (0.5 + WIDTH * 0.93 * len(images) / images.shape[1])
+    figure, (upper, lower) = plt.subplots(2, figsize=(WIDTH, height))
     show_rows(upper, images, labels)
     upper.set_title(title("Samples", [run]))
-    if reconstructions is not None:
-        pairs = np.broadcast_to(originals, reconstructions.shape), reconstructions
-        pairs = np.stack(pairs, axis=2).reshape(len(images), -1, *images.shape[2:])
-        lower = axes[1, 0]
-        show_rows(lower, pairs, labels)
-        separate_pairs(lower, len(originals))
-        lower.set_title("Test images of each class, each with its reconstruction to the right")
-    for one in axes[:, 0]:
+    pairs = np.broadcast_to(arrays["originals"], reconstructions.shape), reconstructions
+    pairs = np.stack(pairs, axis=2).reshape(len(images), -1, *images.shape[2:])
+    show_rows(lower, pairs, labels)
+    separate_pairs(lower, len(arrays["originals"]))
+    lower.set_title("Test images of each class, each with its reconstruction to the right")
+    for one in upper, lower:
         one.set_ylabel("after experience (its classes)")
     return figure
 
@@ -308,8 +310,8 @@ def forgetting(runs: list[dict]) -> plt.Figure:
 @plt.rc_context(STYLE)
 def losses(runs: list[dict]) -> plt.Figure:
     """Draw the losses of solver and generator over the iterations of all experiences."""
-    arrays = [np.load(run["folder"] / "losses.npz") for run in runs]
-    names = arrays[0].files
+    arrays = [arrays_of(run) for run in runs]
+    names = [name for name in arrays[0] if name.endswith("_loss")]
     figure, all_axes = plt.subplots(
         len(names), figsize=(WIDTH, 0.1 * WIDTH + 0.22 * WIDTH * len(names)), squeeze=False
     )
@@ -323,7 +325,7 @@ def losses(runs: list[dict]) -> plt.Figure:
         band(axes, x, curves, color=colour, linewidth=1)
         for start in range(1, experiences):
             axes.axvline(start * iterations, color="gray", linewidth=0.6)
-        axes.set(ylabel=f"{name}'s loss", xlim=(0, experiences * iterations))
+        axes.set(ylabel=f"{name.removesuffix('_loss')}'s loss", xlim=(0, experiences * iterations))
         if curves.min() > 0 and curves.max() > 30 * curves.min():
             axes.set_yscale("log")
         axes.grid(alpha=0.3, axis="y")
@@ -333,4 +335,4 @@ def losses(runs: list[dict]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    results.run_command(main)
+    run_command(main)

@@ -1,22 +1,271 @@
-"""The comparison of generators: what replay retains with each, and how good its samples are.
+"""Other generators as worked examples, and the comparison of what replay retains with each.
 
-`python -m figures.generators --n-jobs 2 --seeds 0 1 2 --results-dir results/generators`, with any
-option of GenerativeReplay.py. `Gaussians` is a worked example of a generator of one's own.
+`python -m figures.generators vae cvae wgan-gp --n-jobs 2 --seeds 0 1 2 --results-dir
+results/generators`: names of `GENERATORS` (all, if none is given), then any option of
+GenerativeReplay.py. The Wasserstein GAN is that of Shin et al. 2017; `Gaussians` is a generator
+without any network.
 """
 
+import math
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from avalanche.benchmarks import CLScenario
+from avalanche.evaluation.metrics import loss_metrics
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 
 import GenerativeReplay
-import Generator
-from figures import draw, results
-from GenerativeModel import GenerativeModel
+from figures import draw
+from figures.lab import data, report
+from figures.lab.constants import Constants, UserError, read_constants, run_command
+from figures.lab.runs import load_state, read_state, setup, side_by_side
+from GenerativeModel import VAE, GenerativeModel
+from Generator import make_generator_strategy, training_arguments
+from TrainingInstances import (
+    DeepGenerativeReplayPlugin,
+    EvaluationOnly,
+    ReplayAlignmentPlugin,
+    ReplayTemplate,
+    VAETraining,
+)
+
+# --- A conditional VAE ----------------------------------------------------------------------------
+
+
+class ConditionalVAE(VAE):
+    """Give the decoder of a VAE the class: p(x|z, y), with z ~ N(0, I) and y as a one-hot vector.
+
+    Kingma et al. 2014 (arXiv 1406.5298, model M2), but the encoder isn't given the class: it sees
+    the image. What the decoder decodes, z and y, has the shape (batch, latent_size + classes).
+
+    :param classes: number of classes in the whole stream; for the others see `VAE`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        hidden_units: int = 400,
+        latent_size: int = 8,
+        normalize: nn.Module | None = None,
+    ):
+        super().__init__(shape, hidden_units, latent_size, normalize=normalize)
+        self.decoder[0] = nn.Linear(latent_size + classes, hidden_units)
+        self.register_buffer("learned", torch.zeros(classes, dtype=torch.bool))
+
+    def with_class(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return z and the one-hot class."""
+        return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
+
+    def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
+        """Sample z from the prior, and a learned class unless it is given."""
+        if condition is None:
+            classes = self.learned.nonzero().flatten()
+            condition = classes[torch.randint(len(classes), (count,), device=classes.device)]
+        return self.with_class(super().sample_latents(count), condition)
+
+
+class ConditionalVAETraining(VAETraining):
+    """Train a `ConditionalVAE`, and note the classes that it is trained on."""
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode and decode real images with their class; only decode replayed latents."""
+        n, replayed = self.n_real, self.replay_plugin.replayed
+        if self.is_training:
+            self.model.learned[self.mb_y[:n]] = True
+        z_mean, z_log_var = self.model.encode(self.mb_x[:n])
+        z = self.model.with_class(self.model.reparametrize(z_mean, z_log_var), self.mb_y[:n])
+        if n < len(self.mb_x):
+            z = torch.cat([z, replayed.z])
+        return self.model.decode(z), z_mean, z_log_var
+
+
+def make_cvae_strategy(benchmark: CLScenario, constants: Constants, **replay) -> VAETraining:
+    """Wrap a conditional VAE; its encodings have to keep to N(0, I), so β is 1."""
+    shape, n_classes = data.shape_and_classes(benchmark)
+    normalize = data.normalization(benchmark) if constants.NORMALIZE else None
+    cvae = ConditionalVAE(shape, n_classes, constants.HIDDEN_UNITS, normalize=normalize)
+    arguments = training_arguments("generator", cvae, constants)
+    plugin = ReplayAlignmentPlugin(**replay)
+    return ConditionalVAETraining(replay_plugin=plugin, kl_weight=1.0, **arguments)
+
+
+# --- A Wasserstein GAN ----------------------------------------------------------------------------
+
+
+class WGAN(GenerativeModel):
+    """Learn images with a fully connected Wasserstein GAN, the generator of Shin et al. 2017.
+
+    The critic learns to score real images higher than generated ones, the generator to be scored
+    high (Arjovsky et al. 2017, arXiv 1701.07875). Both have two hidden layers, like the halves of
+    the VAE, and are carried on from one experience to the next.
+
+    :param shape: shape of one image, (channels, height, width).
+    :param hidden_units: units in each hidden layer.
+    :param latent_size: dimensions of the noise z ~ N(0, I).
+    """
+
+    def __init__(self, shape: tuple, hidden_units: int = 400, latent_size: int = 32):
+        super().__init__()
+        self.latent_size, pixels = latent_size, math.prod(shape)
+        self.generator = nn.Sequential(
+            nn.Linear(latent_size, hidden_units), nn.ReLU(),
+            nn.Linear(hidden_units, hidden_units), nn.ReLU(),
+            nn.Linear(hidden_units, pixels), nn.Sigmoid(),
+            nn.Unflatten(1, tuple(shape)),
+        )  # fmt: skip
+        self.critic = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(pixels, hidden_units), nn.LeakyReLU(0.2),
+            nn.Linear(hidden_units, hidden_units), nn.LeakyReLU(0.2),
+            nn.Linear(hidden_units, 1), nn.Flatten(0),
+        )  # fmt: skip
+
+    def sample(self, count: int) -> Tensor:
+        """Generate images with gradients, shape (count, C, H, W)."""
+        z = torch.randn(count, self.latent_size, device=self.critic[1].weight.device)
+        return self.generator(z)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score real images, as many generated ones, and points between them.
+
+        :param x: images in [0, 1], shape (batch, C, H, W).
+        :return: scores of the real and of the generated images, and the norm of the score's
+            gradient at a random point between the two, shape (batch,) each: see `critic_loss`.
+        """
+        with torch.no_grad():
+            generated = self.sample(len(x))
+            between = x.lerp(generated, torch.rand(len(x), 1, 1, 1, device=x.device))
+        with torch.enable_grad():  # in evaluation too
+            score = self.critic(between.requires_grad_()).sum()
+            (gradient,) = torch.autograd.grad(score, between, create_graph=True)
+        return self.critic(x), self.critic(generated), gradient.flatten(1).norm(dim=1)
+
+    @torch.no_grad()
+    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
+        """Generate images; see `GenerativeModel.generate`.
+
+        :raises ValueError: if a condition is given.
+        """
+        if condition is not None:
+            raise ValueError("a WGAN is unconditional: leave condition at None")
+        images = self.sample(1 if batch_size is None else batch_size)
+        return images[0] if batch_size is None else images
+
+
+def critic_loss(output: tuple[Tensor, Tensor, Tensor], penalty: float = 10) -> Tensor:
+    """Compute the loss of the critic of a `WGAN` for each image (Gulrajani et al. 2017, eq. 3).
+
+    It is the score of a generated image minus that of a real one, plus λ·(‖gradient‖ - 1)², which
+    keeps the score from changing faster than the image (arXiv 1704.00028).
+
+    :param output: what `WGAN.forward` returned for real images.
+    :param penalty: λ.
+    :return: one loss for each image, shape (batch,).
+    """
+    real, generated, slope = output
+    return generated - real + penalty * (slope - 1).square()
+
+
+class WGANTraining(ReplayTemplate):
+    """Train a `WGAN`: two alternating objectives in Avalanche's loop of one loss and one step.
+
+    An iteration is a step of the critic; every n-th is followed by a step of the generator. One
+    optimizer serves both: Adam doesn't touch parameters without gradient, nor their moments.
+    Replayed images count as real ones, weighted (Shin et al. 2017, section 3).
+
+    :param n_critic: steps of the critic for each of the generator (Gulrajani et al., algorithm 1).
+    :param base_kwargs: as for `ReplayTemplate`.
+    """
+
+    def __init__(self, *, n_critic: int = 5, **base_kwargs):
+        self.n_critic = n_critic
+        base_kwargs["bfloat16"] = False  # too coarse for differences of the critic's large scores
+        base_kwargs.setdefault("evaluator", EvaluationOnly(loss_metrics(experience=True)))
+        super().__init__(**base_kwargs)
+
+    def loss_per_image(self) -> Tensor:
+        """Compute the loss of the critic for each image, shape (batch,)."""
+        return critic_loss(self.mb_output)
+
+    def optimizer_step(self):
+        """Step the critic and, after every `n_critic` of its steps, the generator."""
+        super().optimizer_step()
+        if (self.clock.train_exp_iterations + 1) % self.n_critic == 0:
+            self.optimizer.zero_grad()
+            loss = -self.model.critic(self.model.sample(len(self.mb_x))).mean()
+            loss.backward(inputs=list(self.model.generator.parameters()))
+            super().optimizer_step()
+
+
+def make_wgan_strategy(benchmark: CLScenario, constants: Constants, **replay) -> WGANTraining:
+    """Wrap a WGAN, with five times the iterations: only every fifth steps the generator."""
+    shape, _ = data.shape_and_classes(benchmark)
+    wgan = WGAN(shape, constants.HIDDEN_UNITS, constants.LATENT_SIZE)
+    arguments = training_arguments("generator", wgan, constants)
+    for group in arguments["optimizer"].param_groups:
+        group["betas"] = 0.5, 0.9  # as in Gulrajani et al.'s code for MNIST
+    if constants.ITERATIONS:
+        arguments["iterations"] = 5 * constants.ITERATIONS
+    return WGANTraining(replay_plugin=DeepGenerativeReplayPlugin(**replay), **arguments)
+
+
+# --- A generator without any network --------------------------------------------------------------
+
+
+class Gaussians(GenerativeModel):
+    """Generate each class from a Gaussian on its principal components, without any network."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, components: int = 30):
+        super().__init__()
+        self.register_buffer("means", torch.zeros(classes, *shape))
+        self.register_buffer("axes", torch.zeros(classes, components, *shape))  # one σ long
+
+    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
+        """Add random multiples of the axes to the mean of each image's class."""
+        y = condition
+        if y is None:
+            learned = self.means.flatten(1).any(1).nonzero().flatten()
+            y = learned[torch.randint(len(learned), (batch_size or 1,))]
+        noise = torch.randn(*self.axes[y].shape[:2], 1, 1, 1, device=y.device)
+        images = (self.means[y] + (noise * self.axes[y]).sum(1)).clamp(0, 1)
+        return images[0] if batch_size is None else images
+
+
+class GaussiansTraining:
+    """Fit `Gaussians`, without replay: a class keeps its Gaussian until it returns."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int):
+        self.model = Gaussians(shape, classes)
+
+    def train(self, experience, **kwargs) -> None:
+        """Fit the principal components of each class of an experience."""
+        x, y, _ = experience.dataset.tensors
+        for label in y.unique():
+            pca = PCA(self.model.axes.shape[1], random_state=0).fit(x[y == label].flatten(1))
+            axes = pca.explained_variance_[:, None] ** 0.5 * pca.components_
+            self.model.means[label] = torch.tensor(pca.mean_).view_as(x[0])
+            self.model.axes[label] = torch.tensor(axes).view_as(self.model.axes[label])
+
+
+def make_gaussians_strategy(benchmark: CLScenario, constants: Constants, **replay):
+    """Wrap Gaussians; they need no replay."""
+    return GaussiansTraining(*data.shape_and_classes(benchmark))
+
+
+# --- The comparison -------------------------------------------------------------------------------
+
+GENERATORS = {
+    "vae": make_generator_strategy,
+    "cvae": make_cvae_strategy,
+    "wgan-gp": make_wgan_strategy,
+    "gaussians": make_gaussians_strategy,
+}
 
 KINDS = {
     "label_accuracy": "images whose label\nthe classifier confirms (%)",
@@ -27,31 +276,44 @@ KINDS = {
 
 def main() -> None:
     """Run replay with each generator, measure its samples, and print and draw both."""
-    constants = Generator.read_constants(Generator, GenerativeReplay)
+    words = sys.argv[1:]
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names = words[:count] or list(GENERATORS)
+    for name in names:
+        if name not in GENERATORS:
+            raise UserError(f"{name!r} isn't one of {', '.join(GENERATORS)}")
+    constants = setup(read_constants(GenerativeReplay, words[count:]))
     if constants.SCENARIO != "class":
-        raise results.UserError("samples are measured by their class: leave SCENARIO at class")
-    images, constants = Generator.prepare(constants)
-    planned = [
-        ("replay", constants.model_copy(update={"GENERATOR": name}), name)
-        for name in ("vae", "cvae", "wgan-gp")
-    ]
-    runs = GenerativeReplay.run_all(planned, images, constants)
+        raise UserError("samples are measured by their class: leave SCENARIO at class")
+    images = data.load_images(constants)
+    constants = data.fill_in(constants, images)
+    same = {"strategy": "replay", "constants": constants}
+    plans = [same | {"name": name, "make_generator": GENERATORS[name]} for name in names]
+    runs = side_by_side(GenerativeReplay.experiment, plans, images, constants)
     classifier = train_classifier(*images.train)
     for run in runs:
-        own = constants.model_copy(update=run["constants"])
-        scholar = GenerativeReplay.make_scholar(Generator.make_benchmark(images, own), own)
-        results.load_state(run["folder"], scholar)
+        scholar = saved_scholar(run, images, constants)
         run["sample_quality"] = sample_quality(scholar, classifier, images.test[0])
-    print("\n" + results.table(runs))
-    for name, group in results.by_name(runs).items():
+    print("\n" + report.table(runs))
+    for name, group in report.by_name(runs).items():
         for kind in KINDS:
-            row = results.over_seeds([run["sample_quality"][kind] for run in group])
+            row = report.over_seeds([run["sample_quality"][kind] for run in group])
             error = f" ± {row['standard_error']:.1%}" if row["standard_error"] else ""
             print(f"{name}: {kind} {row['mean']:.1%}{error}")
     folder = Path(constants.RESULTS_DIR) / "figures"
     draw.save(generators(runs), folder / "generators.png")
-    for name, group in results.by_name(runs).items():
+    for name, group in report.by_name(runs).items():
         draw.save(draw.samples(group), folder / f"samples-{name}.png")
+
+
+def saved_scholar(run: dict, images: data.Images, constants: Constants):
+    """Build the scholar of a finished run from its state."""
+    constants = constants.changed(**run["constants"])
+    benchmark = data.make_benchmark(images, constants)
+    make_generator = GENERATORS[run["name"]]
+    scholar = GenerativeReplay.make_scholar(benchmark, constants, make_generator=make_generator)
+    load_state(scholar, read_state(run["folder"] / "state.pt"))
+    return scholar
 
 
 @plt.rc_context(draw.STYLE)
@@ -71,11 +333,6 @@ def generators(runs: list[dict]) -> plt.Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------
-# Sample quality, as an independent classifier sees it
-# ------------------------------------------------------------------------------------------------
-
-
 def sample_quality(scholar, classifier: nn.Sequential, real: Tensor) -> dict[str, float]:
     """Measure the quality of the samples that a scholar would replay next.
 
@@ -84,9 +341,9 @@ def sample_quality(scholar, classifier: nn.Sequential, real: Tensor) -> dict[str
     :return: "label_accuracy", the share of samples in which the classifier sees the scholar's
         label; "precision" and "recall" in the features of its last hidden layer.
     """
-    count = min(2000, len(real))
+    count, plugin = min(2000, len(real)), scholar.replay_plugin
     with torch.no_grad():
-        samples = scholar.replay.sample(count, scholar.replay.generator, scholar.model.eval())
+        samples = plugin.sample(count, plugin.generator, scholar.model.eval())
         real = classifier[:-1](real[torch.randperm(len(real))[:count]])
         features = classifier[:-1](samples.x.cpu())
         right = classifier[-1](features).argmax(1) == samples.y.cpu()
@@ -111,7 +368,7 @@ def train_classifier(x: Tensor, y: Tensor) -> nn.Sequential:
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     for rows in torch.randint(len(x), (1000, 128)):
         optimizer.zero_grad()
-        cross_entropy(classifier(x[rows]), y[rows]).backward()
+        F.cross_entropy(classifier(x[rows]), y[rows]).backward()
         optimizer.step()
     return classifier
 
@@ -136,46 +393,5 @@ def precision_and_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[f
     return share(generated, real), share(real, generated)
 
 
-# ------------------------------------------------------------------------------------------------
-# A generator of one's own
-# ------------------------------------------------------------------------------------------------
-
-
-class Gaussians(GenerativeModel):
-    """Generate each class from a Gaussian on its principal components, without any network."""
-
-    def __init__(self, shape: tuple[int, int, int], classes: int, components: int = 30):
-        super().__init__()
-        self.register_buffer("means", torch.zeros(classes, *shape))
-        self.register_buffer("axes", torch.zeros(classes, components, *shape))  # one σ long
-
-    def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Add random multiples of the axes to the mean of each image's class."""
-        y = self.sample_labels(batch_size or 1) if condition is None else condition
-        noise = torch.randn(*self.axes[y].shape[:2], 1, 1, 1, device=y.device)
-        images = (self.means[y] + (noise * self.axes[y]).sum(1)).clamp(0, 1)
-        return images[0] if batch_size is None else images
-
-    def learned_classes(self) -> Tensor:
-        """Return the classes whose mean is known."""
-        return self.means.flatten(1).any(1).nonzero().flatten()
-
-
-class GaussiansTraining:
-    """Fit `Gaussians`, without replay: a class keeps its Gaussian until it returns."""
-
-    def __init__(self, shape: tuple[int, int, int], classes: int):
-        self.model = Gaussians(shape, classes)
-
-    def train(self, experience, **kwargs) -> None:
-        """Fit the principal components of each class of an experience."""
-        x, y, _ = experience.dataset.tensors
-        for label in y.unique():
-            pca = PCA(self.model.axes.shape[1], random_state=0).fit(x[y == label].flatten(1))
-            axes = pca.explained_variance_[:, None] ** 0.5 * pca.components_
-            self.model.means[label] = torch.tensor(pca.mean_).view_as(x[0])
-            self.model.axes[label] = torch.tensor(axes).view_as(self.model.axes[label])
-
-
 if __name__ == "__main__":
-    results.run_command(main)
+    run_command(main)

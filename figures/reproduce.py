@@ -11,8 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures import draw, results
+from PIL import ImageOps
+from torchvision.datasets import MNIST
+
+from figures import draw
 from figures.ablation import PLAIN_DGR
+from figures.lab import report
+from figures.lab.constants import UserError, run_command
+from figures.lab.runs import save_record
+from Generator import DATA_DIR
 
 INVERTED = Path("results", "images", "inverted-mnist")
 STREAMS = {
@@ -55,7 +62,7 @@ def main() -> None:
     """Run the commands, write their means, and draw the figure that needs two of them."""
     names = sys.argv[1:] or list(RUNS)
     if unknown := set(names) - RUNS.keys():
-        raise results.UserError(f"{min(unknown)!r} isn't one of {', '.join(RUNS)}")
+        raise UserError(f"{min(unknown)!r} isn't one of {', '.join(RUNS)}")
     path = Path("figures", "results.json")
     for name in names:
         if "inverted" in name and not INVERTED.exists():
@@ -67,12 +74,12 @@ def main() -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if code := subprocess.run([sys.executable, *words], env=environment).returncode:
             sys.exit(code)
-        rows = results.statistics(results.read_runs(Path("results", name)))
-        rows = {row: {key: of[key] for key in ("seeds", *results.KEYS)} for row, of in rows.items()}
+        rows = report.statistics(report.read_runs(Path("results", name)))
+        rows = {row: {key: of[key] for key in ("seeds", *report.KEYS)} for row, of in rows.items()}
         means = json.loads(path.read_text()) if path.exists() else {}
-        results.save_record(path, means | {name: rows})
+        save_record(path, means | {name: rows})
     if {"mnist", "plain"} <= set(names):
-        ours, plain = (results.read_runs(Path("results", name)) for name in ("mnist", "plain"))
+        ours, plain = (report.read_runs(Path("results", name)) for name in ("mnist", "plain"))
         plain = [run | {"name": "plain DGR"} for run in plain]
         figure = draw.accuracy_so_far(draw.in_order(ours) + plain)
         draw.save(figure, Path("figures", "accuracy.png"))
@@ -80,14 +87,9 @@ def main() -> None:
 
 def invert_mnist() -> None:
     """Save MNIST's digits, black on white, as a folder of images."""
-    from PIL import ImageOps
-    from torchvision.datasets import MNIST
-
-    import Generator
-
     unfinished = INVERTED.with_name("unfinished")
     for part in ("train", "test"):
-        data = MNIST(Generator.DATA_DIR, part == "train", download=True)
+        data = MNIST(DATA_DIR, part == "train", download=True)
         for number, (image, label) in enumerate(data):
             path = unfinished / part / str(label) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,4 +98,4 @@ def invert_mnist() -> None:
 
 
 if __name__ == "__main__":
-    results.run_command(main)
+    run_command(main)

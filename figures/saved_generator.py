@@ -8,49 +8,52 @@ from pathlib import Path
 
 import torch
 
-import GenerativeReplay
 import Generator
-from figures import draw, results
+from figures import draw
+from figures.lab import data
+from figures.lab.constants import UserError, read_constants, run_command
+from figures.lab.runs import read_state, setup
 
 
 def main() -> None:
     """Draw saved_generator.png into each folder of a run that the command line names."""
-    folders, sys.argv[1:] = sys.argv[1:], []
-    for folder in map(Path, folders):
+    folders = [Path(word) for word in sys.argv[1:]]
+    for folder in folders:
         show_saved_generator(folder)
     if not folders:
-        raise results.UserError("name the folder of a run, with a state.pt in it")
+        raise UserError("name the folder of a run, with a state.pt in it")
 
 
+@torch.no_grad()
 def show_saved_generator(folder: Path) -> None:
     """Draw samples, reconstructions and walks of the generator in the folder of a run."""
     if not (folder / "state.pt").is_file():
-        raise results.UserError(f"{str(folder)!r} is no folder of a run: it has no state.pt")
-    state = results.read_state(folder / "state.pt")
+        raise UserError(f"{str(folder)!r} is no folder of a run: it has no state.pt")
+    state = read_state(folder / "state.pt")
     if len(state["strategies"]) == 1 and "accuracy_matrix" in state["record"]:
-        raise results.UserError(f"{str(folder)!r} is a run without generator; name one of replay")
-    now = Generator.read_constants(Generator, GenerativeReplay)
-    here = {"DATA_DIR": now.DATA_DIR, "DEVICE": Generator.choose_device(now.DEVICE)}
-    constants = now.model_copy(update=state["record"]["constants"] | here)
-    images = Generator.load_images(constants)
-    benchmark = Generator.make_benchmark(images, constants)
-    generator = Generator.make_generator_strategy(benchmark, constants).model.to(constants.DEVICE)
-    generator.load_state_dict(state["strategies"][-1]["model"])
-    arrays = {"samples": generator.generate(80).unflatten(0, (-1, 20))}
-    if hasattr(generator, "reconstruct"):
-        labels = list(Generator.stream_names(images, constants)[1])
-        x, y = Generator.first_of_each_class(benchmark, labels, constants.DEVICE)
-        arrays["reconstructions"] = torch.stack([x, generator.reconstruct(x, y)])
-        with torch.no_grad():  # each row of walks goes from one class to the next, in twenty steps
-            ends = generator.decoder_input(generator.encode(x)[0], y)[:, None]
-            share = torch.linspace(0, 1, 20, device=constants.DEVICE)[:, None]
-            count = len(x) // 2
-            walks = torch.lerp(ends[0::2][:count], ends[1::2], share).flatten(0, 1)
-            arrays["walks"] = generator.decode(walks).sigmoid().unflatten(0, (-1, 20))
+        raise UserError(f"{str(folder)!r} is a run without generator; name one of replay")
+    if "z_mean.weight" not in state["strategies"][-1]["model"]:
+        raise UserError(f"{str(folder)!r} has another generator than a VAE")
+    now = read_constants(Generator)
+    saved = state["record"]["constants"]
+    known = {name: saved[name] for name in type(now).model_fields.keys() & saved.keys()}
+    constants = setup(now.changed(**known | {"DATA_DIR": now.DATA_DIR, "DEVICE": now.DEVICE}))
+    benchmark = data.make_benchmark(data.load_images(constants), constants)
+    vae = Generator.make_generator_strategy(benchmark, constants).model.to(constants.DEVICE)
+    vae.load_state_dict(state["strategies"][-1]["model"])
+    x = data.first_of_each_class(benchmark, state["record"]["label_order"]).to(constants.DEVICE)
+    # Each row of walks goes from one class to the next, in twenty steps.
+    ends, share = vae.encode(x)[0][:, None], torch.linspace(0, 1, 20)[:, None].to(x)
+    walks = torch.lerp(ends[0 : len(x) // 2 * 2 : 2], ends[1::2], share)
+    arrays = {
+        "samples": vae.generate(80).unflatten(0, (-1, 20)),
+        "reconstructions": torch.stack([x, vae.reconstruct(x)]),
+        "walks": vae.decode(walks.flatten(0, 1)).sigmoid().unflatten(0, (-1, 20)),
+    }
     arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
     draw.save(draw.saved_generator(state["record"], arrays), folder / "saved_generator.png")
     print(f"samples, reconstructions and walks: {folder / 'saved_generator.png'}")
 
 
 if __name__ == "__main__":
-    results.run_command(main)
+    run_command(main)

@@ -1,0 +1,303 @@
+"""Data sets, folders of images, the streams made of them, and any benchmark in memory."""
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import torch
+from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks.scenarios.task_aware import with_task_labels
+from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
+from avalanche.benchmarks.utils.classification_dataset import (
+    TaskAwareSupervisedClassificationDataset,
+)
+from avalanche.training.utils import load_all_dataset
+from filelock import FileLock
+from sklearn.datasets import load_digits as load_sklearn_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+
+from figures.lab.constants import Constants, UserError
+
+# --- Data sets ------------------------------------------------------------------------------------
+
+
+class Images(NamedTuple):
+    """Hold a data set in memory."""
+
+    name: str
+    train: tuple  # images (float32 in [0, 1], shape (n, C, H, W)), class labels (int64, shape (n,))
+    test: tuple
+    classes: list[str]  # names of the class labels
+    iterations: int = 1600  # minibatches per experience that suit it
+    notice: str = ""  # shown with all results
+
+
+# torchvision checks the packed files that it downloads, not the unpacked ones that lie in DATA_DIR.
+CHECKSUMS = {
+    "MNIST": (
+        "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
+    ),
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965",
+    ),
+}  # fmt: skip
+
+
+def load_images(constants: Constants) -> Images:
+    """Load the data set, and take validation images out of the training set if any are wanted.
+
+    "auto" is MNIST, and where it can't be had scikit-learn's digits, with a notice.
+
+    :raises UserError: if a data set is damaged, or isn't one.
+    :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
+    """
+    name, size = constants.DATASET, constants.VALIDATION_SIZE
+    published = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
+    if name == "digits":
+        images = load_digits()
+    elif name in published:
+        images = load_published(published[name], constants.DATA_DIR)._replace(name=name)
+    elif name == "auto":
+        try:
+            images = load_published("MNIST", constants.DATA_DIR)._replace(name="mnist")
+        except ConnectionError as error:
+            images = load_digits()._replace(notice="scikit-learn's 8x8 digits, NOT MNIST")
+            text = f"{error}. This run uses {images.notice}."
+            print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
+    else:
+        images = load_folder(Path(name).expanduser(), constants.IMAGE_SIZE)
+    if size:
+        x, y = images.train
+        try:
+            parts = train_test_split(x, y, test_size=size, stratify=y, random_state=0)
+        except ValueError as error:
+            raise UserError(f"VALIDATION_SIZE is {size}: {error}") from None
+        images = images._replace(train=tuple(parts[::2]), test=tuple(parts[1::2]))
+    return images
+
+
+def load_published(name: str, data_dir: str) -> Images:
+    """Load a data set of torchvision, which downloads it if it is missing.
+
+    :param name: "MNIST", "FashionMNIST" or "KMNIST".
+    :raises ConnectionError: if it can't be downloaded.
+    :raises UserError: if a file of (Fashion-)MNIST is there, but isn't the published one.
+    """
+    kind, data_dir = getattr(datasets, name), os.path.expanduser(data_dir)
+    files = [Path(data_dir, name, "raw", Path(packed).stem) for packed, _ in kind.resources]
+    for file, checksum in zip(files, CHECKSUMS.get(name, ())):
+        if file.exists() and not check_integrity(file, checksum):
+            raise UserError(f"{file} isn't the published file; delete it, or set DATA_DIR")
+    try:
+        if not all(file.exists() for file in files):
+            socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
+            with FileLock(Path(data_dir, "lock")):  # two copies of a command
+                kind(data_dir, download=True)
+        train, test = (kind(data_dir, train=train) for train in (True, False))
+    except (RuntimeError, OSError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
+        text = f"{files[0]} can't be read and can't be downloaded ({reason}); set DATA_DIR to the "
+        text += f"folder with {name}/ in it, or DATASET to 'digits'"
+        raise ConnectionError(text) from error
+    pairs = ((part.data.unsqueeze(1).float() / 255, part.targets.long()) for part in (train, test))
+    classes = [name.split(" - ")[0] for name in train.classes]  # of "0 - zero" the digit is enough
+    return Images(name, *pairs, classes)
+
+
+def load_digits() -> Images:
+    """Load scikit-learn's handwritten digits (UCI, test part), enlarged from 8x8 to 28x28 pixels.
+
+    A fifth is the test set, the same in every run. The pixels come as counts from 0 to 16.
+    """
+    x, y = load_sklearn_digits(return_X_y=True)
+    x = torch.tensor(x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    x = torch.nn.functional.interpolate(x, size=(28, 28), mode="bilinear")
+    y = torch.tensor(y, dtype=torch.int64)
+    rows = train_test_split(torch.arange(len(y)), test_size=0.2, stratify=y, random_state=0)
+    parts = ((x[part], y[part]) for part in rows)
+    return Images("digits", *parts, [str(label) for label in range(10)], iterations=300)
+
+
+def load_folder(folder: Path, size: int | None) -> Images:
+    """Load a folder of images: `train/` and `test/`, with a subfolder for each class.
+
+    Images without colour get one channel. The name of the data set gets a checksum, so that results
+    of other images or labels have other names.
+
+    :param size: height and width to resize the images to; None: as they are, all the same.
+    :raises UserError: if the folder isn't like that.
+    """
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise UserError(
+                f"DATASET is {str(folder)!r}: neither auto, mnist, fashion, kmnist or digits nor a "
+                f"folder with train/ and test/ in it ({folder / part} is missing)"
+            )
+    resize = v2.Resize((size, size)) if size else v2.Identity()
+    transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    train, test = (datasets.ImageFolder(folder / part, transform) for part in ("train", "test"))
+    if different := set(train.classes) ^ set(test.classes):
+        raise UserError(f"{folder}: class {min(different)!r} is in only one of train/ and test/")
+    images = [[image for image, _ in data] for data in (train, test)]
+    if len({image.shape for part in images for image in part}) > 1:
+        raise UserError(f"{folder} has images of several sizes; set IMAGE_SIZE to one for all")
+    labels = (torch.tensor(data.targets) for data in (train, test))
+    parts = list(zip(map(torch.stack, images), labels))
+    if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
+        parts = [(x[:, :1].contiguous(), y) for x, y in parts]
+    digest = joblib.hash([part.numpy() for pair in parts for part in pair])[:8]
+    return Images(f"{folder.resolve().name}-{digest}", *parts, train.classes)
+
+
+def fill_in(constants: Constants, images: Images) -> Constants:
+    """Fill in what depends on the data set (DATASET, CLASS_ORDER, ITERATIONS); print the constants.
+
+    :raises UserError: if data and constants don't go together.
+    """
+    labels = range(len(images.classes))
+    order = constants.CLASS_ORDER or tuple(labels)
+    if len(labels) < 2:
+        raise UserError(f"DATASET has a single class, {images.classes[0]!r}; it needs two or more")
+    if sorted(order) != list(labels):
+        raise UserError(f"CLASS_ORDER is {order}, but has to hold each label of {[*labels]} once")
+    if len(order) < constants.N_EXPERIENCES and constants.SCENARIO != "permuted":
+        count = constants.N_EXPERIENCES
+        raise UserError(f"N_EXPERIENCES is {count}, but there are only {len(order)} classes")
+    folder = Path(constants.RESULTS_DIR)
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise UserError(f"RESULTS_DIR is {str(folder)!r}, but has to be the name of a folder")
+    constants = constants.changed(
+        DATASET=images.name if constants.DATASET == "auto" else constants.DATASET,
+        CLASS_ORDER=order,
+        ITERATIONS=constants.ITERATIONS or images.iterations,
+    )
+    print("\n".join(f"{name} = {value!r}" for name, value in constants), flush=True)
+    return constants
+
+
+def shuffle_classes(constants: Constants) -> Constants:
+    """Return the constants with another CLASS_ORDER, if SHUFFLE_CLASSES says so."""
+    if not constants.SHUFFLE_CLASSES:
+        return constants
+    order = constants.CLASS_ORDER
+    return constants.changed(CLASS_ORDER=tuple(order[i] for i in torch.randperm(len(order))))
+
+
+# --- Streams --------------------------------------------------------------------------------------
+
+
+def make_benchmark(images: Images, constants: Constants):
+    """Make the stream of experiences that SCENARIO names, without task identity.
+
+    :return: an Avalanche benchmark with `train_stream` and `test_stream`, equally long.
+    """
+    def split(x, y):
+        """Divide images and labels among the experiences."""
+        if constants.SCENARIO == "permuted":  # Shin et al. 2017, section 4.1
+            return [(x.flatten(1)[:, order].view_as(x), y) for order in permutations]
+        experiences = []
+        for group in torch.tensor(constants.CLASS_ORDER).tensor_split(constants.N_EXPERIENCES):
+            rows = torch.isin(y, group)
+            labels = y[rows]
+            if constants.SCENARIO == "domain":  # the place of a class in its experience
+                labels = (labels[:, None] == group).int().argmax(1)
+            experiences.append((x[rows], labels))
+        return experiences
+
+    permutations = [torch.arange(images.train[0][0].numel())]  # the first leaves images as they are
+    if constants.SCENARIO == "permuted":
+        others = range(1, constants.N_EXPERIENCES)
+        permutations += [torch.randperm(len(permutations[0])) for _ in others]
+    return in_memory_benchmark(split(*images.train), split(*images.test))
+
+
+def stream_names(images: Images, constants: Constants) -> dict[str, list]:
+    """Name the `experiences`, and the `classes` by label; `label_order` is that of arrival."""
+    if constants.SCENARIO == "permuted":
+        experiences = [f"permutation {i}" for i in range(1, constants.N_EXPERIENCES + 1)]
+        order, classes = list(range(len(images.classes))), images.classes
+    else:
+        order, classes = list(constants.CLASS_ORDER), images.classes
+        groups = np.array_split([classes[label] for label in order], constants.N_EXPERIENCES)
+        experiences = [" ".join(group) for group in groups]
+    if constants.SCENARIO == "domain":
+        order = list(range(len(groups[0])))
+        classes = list(map(str, order))
+    return {"experiences": experiences, "classes": classes, "label_order": order}
+
+
+def shape_and_classes(benchmark: CLScenario) -> tuple[tuple[int, int, int], int]:
+    """Return the shape of an image, (channels, height, width), and the number of classes."""
+    classes = [experience.classes_in_this_experience for experience in benchmark.train_stream]
+    x, *_ = benchmark.train_stream[0].dataset.tensors
+    return tuple(x.shape[1:]), 1 + max(map(max, classes))
+
+
+def normalization(benchmark: CLScenario) -> nn.Module:
+    """Make a module that normalizes images by mean and std of the first experience's pixels."""
+    x, *_ = benchmark.train_stream[0].dataset.tensors
+    return v2.Normalize([x.mean()], [x.std()])
+
+
+def first_of_each_class(benchmark: CLScenario, labels: list[int]) -> Tensor:
+    """Return the first test image of each label, in this order."""
+    tensors = (experience.dataset.tensors for experience in benchmark.test_stream)
+    x, y, _ = map(torch.cat, zip(*tensors))
+    return torch.cat([x[y == label][:1] for label in labels])
+
+
+# --- Benchmarks in memory -------------------------------------------------------------------------
+
+
+def in_memory_benchmark(
+    train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]
+) -> CLScenario:
+    """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
+
+    Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
+    has extended, doesn't have them any more and is loaded sample by sample.
+
+    :param train: for each experience images in [0, 1], shape (n, C, H, W), and their class labels
+        (int64), shape (n,).
+    :param test: the same for its test set.
+    :return: a benchmark with `train_stream` and `test_stream`.
+    :raises ValueError: if pixels lie outside [0, 1].
+    """
+    streams = {"train": [], "test": []}
+    for stream, pairs in zip(streams.values(), (train, test)):
+        for x, y in pairs:
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError(
+                    f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
+                    "leave Normalize out of the transforms, solver and generator normalize"
+                )
+            attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
+            dataset = TaskAwareSupervisedClassificationDataset(
+                [TensorDataset(x, y)], data_attributes=attributes
+            )
+            dataset.tensors = (x, y, torch.zeros_like(y))
+            stream.append(dataset)
+    return with_task_labels(with_classes_timeline(benchmark_from_datasets(**streams)))
+
+
+def load_in_memory(benchmark: CLScenario) -> CLScenario:
+    """Load any Avalanche benchmark, such as `SplitFMNIST`, into memory, where it trains faster.
+
+    The transforms are applied once: a random one gives each image one variant for the whole run.
+    Class labels stay; task labels become 0, because there is one head.
+    """
+    streams = (benchmark.train_stream, benchmark.test_stream)
+    return in_memory_benchmark(
+        *([load_all_dataset(experience.dataset)[:2] for experience in s] for s in streams)
+    )
