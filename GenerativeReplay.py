@@ -227,7 +227,7 @@ def has_margin(benchmark: CLScenario) -> bool:
     INPUT_SHIFT sets the shift whatever they are.
     """
     for experience in benchmark.train_stream:
-        x, *_ = experience.dataset.tensors
+        x, *_ = data.tensors_of(experience)
         outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
         if outermost.std() > x.std() / 5:
             return False

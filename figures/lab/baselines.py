@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import TensorDataset
 
+from figures.lab.data import shape_and_classes, tensors_of
+
 
 class JointPlugin(SupervisedPlugin):
     """Train on all experiences so far, as a reference."""
@@ -18,7 +20,7 @@ class JointPlugin(SupervisedPlugin):
         """Join the data of the experience and of all before it."""
         current = strategy.experience
         so_far = current.origin_stream[: current.current_experience + 1]
-        tensors = zip(*(experience.dataset.tensors for experience in so_far))
+        tensors = zip(*map(tensors_of, so_far))
         strategy.adapted_dataset = TensorDataset(*map(torch.cat, tensors))
 
 
@@ -31,7 +33,7 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
     if getattr(generator, "density", None):
         mixtures = sum(len(e.classes_in_this_experience) for e in benchmark.train_stream)
         size += mixtures * generator.density.bytes_per_mixture
-    shape = benchmark.train_stream[0].dataset.tensors[0].shape[1:]
+    shape, _ = shape_and_classes(benchmark)
     return size // math.prod(shape)
 
 
@@ -61,7 +63,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Choose among the stored images and those of the experience."""
-        new = [*strategy.experience.dataset.tensors, torch.rand(len(strategy.experience.dataset))]
+        new = [*tensors_of(strategy.experience), torch.rand(len(strategy.experience.dataset))]
         if self.stored:
             new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
         chosen = new[-1].argsort(descending=True)[: self.mem_size]
