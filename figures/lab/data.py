@@ -2,6 +2,7 @@
 
 import os
 import socket
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from figures.lab.constants import Constants, UserError
+from figures.lab.folders import printable, read_folder
 
 # --- Data sets ------------------------------------------------------------------------------------
 
@@ -58,11 +60,12 @@ CHECKSUMS = {
 }  # fmt: skip
 
 
-def load_images(constants: Constants) -> Images:
+def load_images(constants: Constants, quiet: bool = False) -> Images:
     """Load the data set, and take validation images out of the training set if any are wanted.
 
     "auto" is MNIST, and where it can't be had scikit-learn's digits, with a notice.
 
+    :param quiet: print nothing about a folder of images: another process has done so.
     :raises UserError: if a data set is damaged, or isn't one.
     :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
@@ -80,7 +83,7 @@ def load_images(constants: Constants) -> Images:
             text = f"{error}. This run uses {images.notice}."
             print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
     else:
-        images = load_folder(Path(name).expanduser(), constants.IMAGE_SIZE)
+        images = load_folder(name, constants, quiet)
     if size:
         x, y = images.train
         try:
@@ -133,39 +136,27 @@ def load_digits() -> Images:
     return Images("digits", *parts, [str(label) for label in range(10)], iterations=300)
 
 
-def load_folder(folder: Path, size: int | None) -> Images:
-    """Load a folder of images: `train/` and `test/`, with a subfolder for each class.
+def load_folder(folder: str, constants: Constants, quiet: bool) -> Images:
+    """Load a folder of images (see `read_folder`), and print what has been decided about it.
 
-    Images without colour get one channel. The name of the data set gets a checksum, so that results
-    of other images or labels have other names.
+    The name of the data set gets a checksum, so that results of other images, labels or names of
+    classes have other names.
 
-    :param size: height and width to resize the images to; None: as they are, all the same.
-    :raises UserError: if the folder isn't like that.
+    :raises UserError: if the folder can't be read.
     """
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise UserError(
-                f"DATASET is {str(folder)!r}: neither auto, mnist, fashion, kmnist or digits nor a "
-                f"folder with train/ and test/ in it ({folder / part} is missing)"
-            )
-    resize = v2.Resize((size, size)) if size else v2.Identity()
-    transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    train, test = (datasets.ImageFolder(folder / part, transform) for part in ("train", "test"))
-    if different := set(train.classes) ^ set(test.classes):
-        raise UserError(f"{folder}: class {min(different)!r} is in only one of train/ and test/")
-    images = [[image for image, _ in data] for data in (train, test)]
-    if len({image.shape for part in images for image in part}) > 1:
-        raise UserError(f"{folder} has images of several sizes; set IMAGE_SIZE to one for all")
-    labels = (torch.tensor(data.targets) for data in (train, test))
-    parts = list(zip(map(torch.stack, images), labels))
-    if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
-        parts = [(x[:, :1].contiguous(), y) for x, y in parts]
-    digest = joblib.hash([part.numpy() for pair in parts for part in pair])[:8]
-    return Images(f"{folder.resolve().name}-{digest}", *parts, train.classes)
+    path, results = Path(os.path.expanduser(folder)), Path(constants.RESULTS_DIR)
+    train, test, classes, notices = read_folder(path, constants.IMAGE_SIZE, results, quiet)
+    if not quiet:
+        for notice in notices:
+            print(f"{printable(path)}: {notice}", flush=True)
+    digest = joblib.hash([[part.numpy() for part in (*train, *test)], classes])[:8]
+    return Images(f"{printable(path.resolve().name)}-{digest}", train, test, classes)
 
 
 def fill_in(constants: Constants, images: Images) -> Constants:
-    """Fill in what depends on the data set (DATASET, CLASS_ORDER, ITERATIONS); print the constants.
+    """Fill in what depends on the data set: DATASET, CLASS_ORDER, ITERATIONS.
+
+    The constants are printed, and the names of the classes unless they are their labels.
 
     :raises UserError: if data and constants don't go together.
     """
@@ -187,7 +178,18 @@ def fill_in(constants: Constants, images: Images) -> Constants:
         ITERATIONS=constants.ITERATIONS or images.iterations,
     )
     print("\n".join(f"{name} = {value!r}" for name, value in constants), flush=True)
+    if images.classes != list(map(str, labels)):
+        print(table_of_classes(images.classes), flush=True)
     return constants
+
+
+def table_of_classes(classes: list[str]) -> str:
+    """List labels and names of the classes in lines of up to 100 characters."""
+    entries = [f"{label} {name}".replace(" ", "\0") for label, name in enumerate(classes)]
+    text = textwrap.fill(
+        "classes: " + ", ".join(entries), 100, break_long_words=False, break_on_hyphens=False
+    )
+    return text.replace("\0", " ")  # lines are broken between entries only
 
 
 def shuffle_classes(constants: Constants) -> Constants:
