@@ -113,6 +113,15 @@ def integers(path):
     Image.fromarray(np.int32(100000 * GREY) - 50000).save(f"{path}.tif")
 
 
+def integers_without_sign(path):
+    Image.fromarray(np.uint32(GREY * (2**32 - 1)).view(np.int32)).save(f"{path}.tif")
+    content = path.with_suffix(".tif").read_bytes()
+    tag = struct.pack("<HHIH", 339, 3, 1, 2)  # SampleFormat: with signs
+    assert content.count(tag) == 1
+    content = content.replace(tag, struct.pack("<HHIH", 339, 3, 1, 1))
+    path.with_suffix(".tif").write_bytes(content)
+
+
 def drawing(path, ink=0, mode="LA", ending=".png", **options):
     alpha = Image.fromarray(BYTES)
     image = Image.merge("LA", (Image.new("L", alpha.size, ink), alpha)).convert(mode)
@@ -171,6 +180,7 @@ def pages(path):
         (floats_of_another_range, "scaled by the range of each file: 4 files"),
         (faint_floats, "scaled by the range of each file: 4 files"),
         (integers, "scaled by the range of each file: 4 files"),
+        (integers_without_sign, "scaled by the range of each file: 4 files"),
         (frames, "the first of several frames: 4 files, such as train/a/0.gif"),
         (pages, "the first of several frames: 4 files, such as train/a/0.tif"),
     ],
@@ -215,6 +225,15 @@ def test_white_ink_is_laid_on_black_and_all_of_a_folder_alike(ink, tmp_path, cap
     np.testing.assert_allclose(x[1, 0], GREY * ink / 255, atol=1e-6)
     np.testing.assert_allclose(x[0, 0], GREY * 100 / 255, atol=1e-6)
     assert "transparent, laid on black: 4 files" in capsys.readouterr().out
+
+
+def test_black_and_white_ink_together_are_laid_on_grey(tmp_path, capsys):
+    make(tmp_path, drawing)
+    drawing(tmp_path / "train" / "a" / "0", 255)
+    x, _ = load(tmp_path).train
+    np.testing.assert_allclose(x[0, 0], 0.5 + GREY / 2, atol=1e-6)
+    np.testing.assert_allclose(x[1, 0], 0.5 - GREY / 2, atol=1e-6)
+    assert "transparent, laid on grey: 4 files" in capsys.readouterr().out
 
 
 def test_colours_behind_transparent_pixels_and_resizing_leave_no_fringe(tmp_path):
@@ -276,7 +295,7 @@ def test_images_that_show_hardly_anything_are_counted(tmp_path, capsys):
 def test_every_file_is_accounted_for(tmp_path, capsys):
     make(tmp_path)
     image = tmp_path / "train" / "a" / "0.png"
-    for ending in "PNG", "JfIf", "Jpe", "WEBP", "tiff", "bmp", "ppm":
+    for ending in "PNG", "JfIf", "Jpe", "WEBP", "tiff", "bmp", "mpo":
         kind = Image.registered_extensions()[f".{ending.lower()}"]
         Image.open(image).convert("RGB").save(image.with_name(f"more.{ending}"), kind)
     (tmp_path / "train" / "a" / "deeper").mkdir()
@@ -285,6 +304,7 @@ def test_every_file_is_accounted_for(tmp_path, capsys):
         "train/.ipynb_checkpoints/a.png", "train/a/._0.png", "train/a/.hidden/b.png",
         "train/a/notes.txt", "train/a/no_ending", "train/a/film.mpg", "train/readme.md",
         "train/loose.png", "valid/a/0.png", ".DS_Store", "train/b/Thumbs.db", "train/b/data.h5",
+        "train/__MACOSX/._a.png", "train/a/scan.pdf",
     ]  # fmt: skip
     for name in others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +312,7 @@ def test_every_file_is_accounted_for(tmp_path, capsys):
     images = load(tmp_path)
     assert images.classes == ["a", "b"] and images.train[1].tolist() == 9 * [0] + [1]
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{tmp_path}: not loaded: 12 files, such as .DS_Store"]
+    assert lines == [f"{tmp_path}: not loaded: 14 files, such as .DS_Store"]
 
 
 def test_links_are_followed_once(tmp_path, capsys):
@@ -557,6 +577,8 @@ PARTS = [(X[:20], Y[:20]), (X[20:], Y[20:])]
         lambda x, y: (x.numpy(), y.numpy()),
         lambda x, y: [x.clone().requires_grad_(), y[:, None]],
         lambda x, y: (x.tolist(), y.tolist()),
+        lambda x, y: (list(x), list(y)),
+        lambda x, y: (x.flip(0).numpy()[::-1], y.numpy().astype(">i2")),
         lambda x, y: (x, y.float()),
         lambda x, y: (x, y.to(torch.uint8)[:, None]),
         lambda x, y: (x, y.numpy().astype(np.uint16)),
@@ -599,6 +621,7 @@ def test_half_precision_and_truth_values_are_converted():
         ((X, Y[:-1]), "labels have shape (39,), but there are 40 images"),
         ((X, torch.eye(4)[Y]), "labels have shape (40, 4), but there are 40 images"),
         ((X, Y - 1), "labels go down to -1, and have to count from 0"),
+        ((X, Y + 20261127), "labels go up to 20261130, and have to count the classes from 0"),
         ((X, Y + 0.5), "labels are torch.float32, and not all of them whole numbers"),
         ((X, Y * torch.nan), "labels are torch.float32, and not all of them whole numbers"),
         ((X, list("abcd") * 10), ""),

@@ -298,7 +298,8 @@ def in_memory_benchmark(train: Iterable, test: Iterable, **further: Iterable) ->
                 if x.shape[1:] != shape:
                     raise ValueError(f"images are {(*x.shape[1:],)}, those before {(*shape,)}")
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{name} stream, experience {number}: {error}") from error
+                line = str(error).split("\n")[0]
+                raise ValueError(f"{name} stream, experience {number}: {line}") from error
             attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
             dataset = TaskAwareSupervisedClassificationDataset(
                 [TensorDataset(x, y)], data_attributes=attributes
@@ -319,9 +320,17 @@ def checked_pair(pair: tuple) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"a pair of images and labels is needed, not a {type(pair).__name__}")
-    x, y = (part if isinstance(part, Tensor) else torch.tensor(part) for part in pair)
-    x, y = x.detach().cpu(), y.detach().cpu()
+    x, y = map(as_tensor, pair)
     return checked_images(x), checked_labels(y, len(x))
+
+
+def as_tensor(values) -> Tensor:
+    """Return a tensor as it is, and an array or nested lists as a new tensor, on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    values = np.asarray(values)
+    # torch takes neither reversed axes nor numbers of another byte order.
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
 
 
 def checked_images(x: Tensor) -> Tensor:
@@ -356,6 +365,8 @@ def checked_labels(y: Tensor, count: int) -> Tensor:
         raise ValueError(f"labels are {y.dtype}, and not all of them whole numbers")
     if whole.min() < 0:
         raise ValueError(f"labels go down to {whole.min()}, and have to count from 0")
+    if whole.max() >= 100_000:  # the solver has a logit for each number
+        raise ValueError(f"labels go up to {whole.max()}, and have to count the classes from 0")
     return whole
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
@@ -25,12 +25,10 @@ from figures.lab.constants import UserError
 
 SIZE = 32  # pixels: height and width of images that come in several sizes
 CONTRAST = 0.1  # of 1: an image that varies less shows hardly anything
-NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow registers their endings, but can't read them
-ENDINGS = {
-    ending
-    for ending, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in NO_IMAGES
-}
+BACKGROUNDS = {1: "white", 0: "black", 0.5: "grey"}  # behind transparent pixels
+# Pillow registers endings of kinds that it only writes, or passes on to other libraries.
+NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF"}
+ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind not in NO_IMAGES}
 
 Classes = dict[str, list[Path]]  # image files by the name of their class
 
@@ -58,7 +56,7 @@ class Picture(NamedTuple):
         return self.pixels.shape[2] in (2, 4)
 
     def on(self, background: float) -> np.ndarray:
-        """Lay the image on black (0) or white (1): float32 in [0, 1], shape (H, W, 1 or 3)."""
+        """Lay the image on black (0) to white (1): float32 in [0, 1], shape (H, W, 1 or 3)."""
         pixels = self.pixels
         if pixels.dtype == np.uint8:
             pixels = pixels / np.float32(255)
@@ -74,8 +72,8 @@ def read_folder(folder: Path, size: int | None, results: Path, quiet: bool = Fal
     Grey levels of 16 bits are divided by 65,535. Floating point and integers of 32 bits, which have
     no white of their own, are scaled by the range of each file. EXIF orientation is applied; of
     several frames the first is taken. Transparent images are laid on white, all of a folder alike;
-    on black if fewer of them vanish there (white drawings). If no image has colour they get one
-    channel, else three.
+    on black if fewer of them vanish there (white drawings), or on grey (drawings in both). If no
+    image has colour they get one channel, else three.
 
     Images are kept as bytes until the last is read; those of 16 bits or more as float32.
 
@@ -149,10 +147,15 @@ def find_images(folder: Path, results: Path) -> tuple[list[Classes], list[str]]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    """Return the subfolders of a folder, but those whose names begin with a dot."""
+    """Return the subfolders of a folder, but those that are hidden."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a name begins with a dot, or is that of the folder that a Mac adds to a zip."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def contains(folder: Path, path: Path) -> bool:
@@ -205,8 +208,7 @@ def files_below(folder: Path, results: Path | None = None, above: tuple = ()) ->
 
 def is_image(file: Path, folder: Path) -> bool:
     """Tell by its name whether a file in a folder is an image; hidden ones aren't."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    if hidden or file.suffix.lower() not in ENDINGS:
+    if any(map(is_hidden, file.relative_to(folder).parts)) or file.suffix.lower() not in ENDINGS:
         return False
     return file.is_file() or not file.exists()  # a link that leads nowhere is an error later
 
@@ -339,6 +341,8 @@ def scale(image: Image.Image, source: Image.Image) -> tuple[Image.Image, bool]:
     :raises ValueError: if the values have no range.
     """
     levels, tags = np.asarray(image), getattr(source, "tag_v2", {})
+    if source.format == "TIFF" and image.mode == "I" and tags.get(SAMPLEFORMAT, (1,))[0] == 1:
+        levels = levels.view(np.uint32)  # Pillow reads them as if they had signs
     values, ranged = levels.astype(np.float64), False
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16"):
@@ -380,13 +384,15 @@ def without_needless_channels(pixels: np.ndarray) -> np.ndarray:
 
 
 def choose_background(pictures: list[Picture]) -> float:
-    """Choose white (1) for all transparent images, or black (0) if fewer of them vanish on it."""
+    """Choose white (1) for all transparent images, or black (0) or grey if fewer vanish on it."""
     transparent = [picture for picture in pictures if picture.transparent]
-    vanish = [
-        sum(np.ptp(picture.on(background), axis=(0, 1)).max() < CONTRAST for picture in transparent)
-        for background in (0, 1)
-    ]
-    return float(vanish[0] >= vanish[1])
+
+    def vanished(background: float) -> int:
+        """Count the images that show hardly anything on a background."""
+        ranges = (np.ptp(picture.on(background), axis=(0, 1)).max() for picture in transparent)
+        return sum(contrast < CONTRAST for contrast in ranges)
+
+    return min(BACKGROUNDS, key=vanished)  # the first of the best
 
 
 def to_tensor(pictures: list[Picture], background: float) -> Tensor:
@@ -411,11 +417,12 @@ def account_for_pictures(
 ) -> list[str]:
     """Say which images are shown otherwise than they are stored, and which show hardly anything."""
     contrast = (images.amax((2, 3)) - images.amin((2, 3))).amax(1)
-    colour = "white" if background else "black"
     marks = {
         "the first of several frames": [picture.animated for picture in pictures],
         "scaled by the range of each file": [picture.ranged for picture in pictures],
-        f"transparent, laid on {colour}": [picture.transparent for picture in pictures],
+        f"transparent, laid on {BACKGROUNDS[background]}": [
+            picture.transparent for picture in pictures
+        ],
         "hardly any contrast": (contrast < CONTRAST).tolist(),
     }
     lines = []
