@@ -85,21 +85,10 @@ def read_folder(folder: Path, size: int | None, results: Path, quiet: bool = Fal
     """
     parts, notices = find_images(folder, results.resolve())
     files = [file for part in parts for paths in part.values() for file in paths]
-    bar = {"delay": 1, "disable": True if quiet else None, "leave": False}  # None: on a terminal
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        shapes = {(size, size)} if size else first_shapes(tqdm(files, "sizes of images", **bar))
-        if len(shapes) > 1:
-            size, shapes = SIZE, {(SIZE, SIZE)}
-            notices.append(
-                f"images of several sizes are resized to {SIZE} x {SIZE}; see IMAGE_SIZE"
-            )
-        check_memory(len(files), 1, *min(shapes))
-        pictures = [read_picture(file, size) for file in tqdm(files, "reading images", **bar)]
+    pictures, resized = read_pictures(files, size, quiet)
     background = choose_background(pictures)
     images = to_tensor(pictures, background)
-    notices += account_for_pictures(pictures, images, background, folder)
+    notices += resized + account_for_pictures(pictures, images, background, folder)
     labels = [
         torch.tensor([label for label, paths in enumerate(part.values()) for _ in paths])
         for part in parts
@@ -256,6 +245,30 @@ def account(what: str, files: list[Path], folder: Path) -> list[str]:
 
 
 # --- Reading --------------------------------------------------------------------------------------
+
+
+def read_pictures(
+    files: list[Path], size: int | None, quiet: bool
+) -> tuple[list[Picture], list[str]]:
+    """Read images, with a bar on a terminal, if it takes longer than a second.
+
+    :param size: height and width to resize them to; None: SIZE if they differ, else as they are.
+    :return: the images, and a notice if they differ.
+    :raises UserError: if one can't be read, or all don't fit into memory.
+    """
+    bar = {"delay": 1, "disable": True if quiet else None, "leave": False}  # None: on a terminal
+    notices = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        shapes = {(size, size)} if size else first_shapes(tqdm(files, "sizes of images", **bar))
+        if len(shapes) > 1:
+            size, shapes = SIZE, {(SIZE, SIZE)}
+            text = f"images of several sizes are resized to {SIZE} x {SIZE}; see IMAGE_SIZE"
+            notices.append(text)
+        check_memory(len(files), 1, *min(shapes))
+        pictures = [read_picture(file, size) for file in tqdm(files, "reading images", **bar)]
+    return pictures, notices
 
 
 @contextmanager
