@@ -27,7 +27,7 @@ Strategy = Literal["replay", "naive", "joint", "er"]
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; auto: mnist or digits
 DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
-IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
+IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: 32 if needed
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
 SCENARIO: Literal["class", "domain", "permuted"] = "class"  # new classes, domains or pixel orders
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
@@ -124,7 +124,7 @@ def experiment(
         setup(constants)
         torch.manual_seed(seed)
         constants = data.shuffle_classes(constants)
-        images = images if images.train else data.load_images(constants)
+        images = images if images.train else data.load_images(constants, quiet=True)
         benchmark = data.make_benchmark(images, constants)
         logs = run.folder if constants.TENSORBOARD else None
         scholar = make_scholar(benchmark, constants, strategy, make_generator, logs)
@@ -236,7 +236,7 @@ def has_margin(benchmark: CLScenario) -> bool:
     Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image. The training images of
     the first experience decide, as no later one is known yet.
     """
-    x, *_ = benchmark.train_stream[0].dataset.tensors
+    x, *_ = data.tensors_of(benchmark.train_stream[0])
     outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
     return bool(outermost.std() <= x.std() / 5)
 

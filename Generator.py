@@ -18,7 +18,7 @@ from figures.lab.constants import Constants, Device, Distinct, Seed, read_option
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; auto: mnist or digits
 DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
-IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: as they are
+IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: 32 if needed
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
 SCENARIO: Literal["class", "domain", "permuted"] = "class"  # new classes, domains or pixel orders
 N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among

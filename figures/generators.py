@@ -252,7 +252,7 @@ class GaussiansTraining:
 
     def train(self, experience, **kwargs) -> None:
         """Fit the principal components of each class of an experience."""
-        x, y, _ = experience.dataset.tensors
+        x, y, _ = data.tensors_of(experience)
         for label in y.unique():
             pca = PCA(self.model.axes.shape[1], random_state=0).fit(x[y == label].flatten(1))
             axes = pca.explained_variance_[:, None] ** 0.5 * pca.components_

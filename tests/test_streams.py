@@ -56,8 +56,6 @@ def spoil(folder, how):
         (folder / "test").rename(folder / "tests")
     elif how == "class in one":
         (folder / "test" / "class 1").rename(folder / "test" / "class 9")
-    elif how == "sizes":
-        Image.new("RGB", (5, 5)).save(folder / "test" / "class 1" / "0.png")
     elif how == "empty class":
         for file in (folder / "train" / "class 1").iterdir():
             file.unlink()
@@ -68,7 +66,6 @@ def spoil(folder, how):
     [
         ("no test", "", "test is missing"),
         ("class in one", "", "class 'class 1' is in only one of train/ and test/"),
-        ("sizes", "", "images of several sizes; set IMAGE_SIZE"),
         ("empty class", "", "class 1"),
         ("", "--n-experiences 4", "N_EXPERIENCES is 4, but there are only 3 classes"),
         ("", "--class-order 0 1 3", "CLASS_ORDER is (0, 1, 3), but has to hold"),

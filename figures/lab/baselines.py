@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import TensorDataset
 
+from figures.lab.data import shape_and_classes, tensors_of
+
 
 class JointPlugin(SupervisedPlugin):
     """Train on all experiences so far, as a reference; Avalanche calls this cumulative.
@@ -28,7 +30,7 @@ class JointPlugin(SupervisedPlugin):
         """Join the data of the experience and of all before it."""
         current, done = strategy.experience, strategy.clock.train_exp_counter
         so_far = current.origin_stream[: current.current_experience + 1]
-        tensors = zip(*(experience.dataset.tensors for experience in so_far))
+        tensors = zip(*map(tensors_of, so_far))
         strategy.adapted_dataset = TensorDataset(*map(torch.cat, tensors))
         self.batch_size = self.batch_size or strategy.train_mb_size
         more = self.replayed(self.batch_size, done) if done else 0
@@ -41,10 +43,10 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
     Its mixtures of the whole stream are counted in.
     """
     size = sum(part.numel() * part.element_size() for part in generator.state_dict().values())
-    labels = [experience.dataset.tensors[1] for experience in benchmark.train_stream]
+    labels = [tensors_of(experience)[1] for experience in benchmark.train_stream]
     if density := getattr(generator, "density", None):
         size += sum(density.bytes_for(n) for y in labels for n in y.bincount().tolist() if n > 1)
-    shape = benchmark.train_stream[0].dataset.tensors[0].shape[1:]
+    shape, _ = shape_and_classes(benchmark)
     return size // math.prod(shape)
 
 
@@ -83,7 +85,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Choose among the stored images and those of the experience."""
-        new = [*strategy.experience.dataset.tensors, torch.rand(len(strategy.experience.dataset))]
+        new = [*tensors_of(strategy.experience), torch.rand(len(strategy.experience.dataset))]
         if self.stored:
             new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
         chosen = new[-1].argsort(descending=True)[: self.mem_size]

@@ -2,30 +2,36 @@
 
 import os
 import socket
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import joblib
 import numpy as np
 import torch
-from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks import (
+    CLScenario,
+    DatasetExperience,
+    benchmark_from_datasets,
+    with_classes_timeline,
+)
 from avalanche.benchmarks.scenarios.task_aware import with_task_labels
 from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
 from avalanche.benchmarks.utils.classification_dataset import (
     TaskAwareSupervisedClassificationDataset,
 )
-from avalanche.training.utils import load_all_dataset
 from filelock import FileLock
 from sklearn.datasets import load_digits as load_sklearn_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from figures.lab.constants import Constants, UserError
+from figures.lab.folders import printable, read_folder
 
 # --- Data sets ------------------------------------------------------------------------------------
 
@@ -54,11 +60,12 @@ CHECKSUMS = {
 }  # fmt: skip
 
 
-def load_images(constants: Constants) -> Images:
+def load_images(constants: Constants, quiet: bool = False) -> Images:
     """Load the data set, and take validation images out of the training set if any are wanted.
 
     "auto" is MNIST, and where it can't be had scikit-learn's digits, with a notice.
 
+    :param quiet: print nothing about a folder of images: another process has done so.
     :raises UserError: if a data set is damaged, or isn't one.
     :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
@@ -76,7 +83,7 @@ def load_images(constants: Constants) -> Images:
             text = f"{error}. This run uses {images.notice}."
             print(f"\n{'!' * len(text)}\n{text}\n{'!' * len(text)}\n", flush=True)
     else:
-        images = load_folder(Path(name).expanduser(), constants.IMAGE_SIZE)
+        images = load_folder(name, constants, quiet)
     if size:
         x, y = images.train
         try:
@@ -129,39 +136,27 @@ def load_digits() -> Images:
     return Images("digits", *parts, [str(label) for label in range(10)], iterations=300)
 
 
-def load_folder(folder: Path, size: int | None) -> Images:
-    """Load a folder of images: `train/` and `test/`, with a subfolder for each class.
+def load_folder(folder: str, constants: Constants, quiet: bool) -> Images:
+    """Load a folder of images (see `read_folder`), and print what has been decided about it.
 
-    Images without colour get one channel. The name of the data set gets a checksum, so that results
-    of other images or labels have other names.
+    The name of the data set gets a checksum, so that results of other images, labels or names of
+    classes have other names.
 
-    :param size: height and width to resize the images to; None: as they are, all the same.
-    :raises UserError: if the folder isn't like that.
+    :raises UserError: if the folder can't be read.
     """
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise UserError(
-                f"DATASET is {str(folder)!r}: neither auto, mnist, fashion, kmnist or digits nor a "
-                f"folder with train/ and test/ in it ({folder / part} is missing)"
-            )
-    resize = v2.Resize((size, size)) if size else v2.Identity()
-    transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    train, test = (datasets.ImageFolder(folder / part, transform) for part in ("train", "test"))
-    if different := set(train.classes) ^ set(test.classes):
-        raise UserError(f"{folder}: class {min(different)!r} is in only one of train/ and test/")
-    images = [[image for image, _ in data] for data in (train, test)]
-    if len({image.shape for part in images for image in part}) > 1:
-        raise UserError(f"{folder} has images of several sizes; set IMAGE_SIZE to one for all")
-    labels = (torch.tensor(data.targets) for data in (train, test))
-    parts = list(zip(map(torch.stack, images), labels))
-    if all(torch.equal(x, x[:, :1].expand_as(x)) for x, _ in parts):
-        parts = [(x[:, :1].contiguous(), y) for x, y in parts]
-    digest = joblib.hash([part.numpy() for pair in parts for part in pair])[:8]
-    return Images(f"{folder.resolve().name}-{digest}", *parts, train.classes)
+    path, results = Path(os.path.expanduser(folder)), Path(constants.RESULTS_DIR)
+    train, test, classes, notices = read_folder(path, constants.IMAGE_SIZE, results, quiet)
+    if not quiet:
+        for notice in notices:
+            print(f"{printable(path)}: {notice}", flush=True)
+    digest = joblib.hash([[part.numpy() for part in (*train, *test)], classes])[:8]
+    return Images(f"{printable(path.resolve().name)}-{digest}", train, test, classes)
 
 
 def fill_in(constants: Constants, images: Images) -> Constants:
-    """Fill in what depends on the data set (DATASET, CLASS_ORDER, ITERATIONS); print the constants.
+    """Fill in what depends on the data set: DATASET, CLASS_ORDER, ITERATIONS.
+
+    The constants are printed, and the names of the classes unless they are their labels.
 
     :raises UserError: if data and constants don't go together.
     """
@@ -183,7 +178,18 @@ def fill_in(constants: Constants, images: Images) -> Constants:
         ITERATIONS=constants.ITERATIONS or images.iterations,
     )
     print("\n".join(f"{name} = {value!r}" for name, value in constants), flush=True)
+    if images.classes != list(map(str, labels)):
+        print(table_of_classes(images.classes), flush=True)
     return constants
+
+
+def table_of_classes(classes: list[str]) -> str:
+    """List labels and names of the classes in lines of up to 100 characters."""
+    entries = [f"{label} {name}".replace(" ", "\0") for label, name in enumerate(classes)]
+    text = textwrap.fill(
+        "classes: " + ", ".join(entries), 100, break_long_words=False, break_on_hyphens=False
+    )
+    return text.replace("\0", " ")  # lines are broken between entries only
 
 
 def shuffle_classes(constants: Constants) -> Constants:
@@ -239,20 +245,28 @@ def stream_names(images: Images, constants: Constants) -> dict[str, list]:
 
 def shape_and_classes(benchmark: CLScenario) -> tuple[tuple[int, int, int], int]:
     """Return the shape of an image, (channels, height, width), and the number of classes."""
-    classes = [experience.classes_in_this_experience for experience in benchmark.train_stream]
-    x, *_ = benchmark.train_stream[0].dataset.tensors
-    return tuple(x.shape[1:]), 1 + max(map(max, classes))
+    experiences = [experience for stream in benchmark.streams.values() for experience in stream]
+    classes = [experience.classes_in_this_experience for experience in experiences]
+    image, *_ = benchmark.train_stream[0].dataset[0]
+    return tuple(image.shape), 1 + max(map(max, classes))
 
 
 def normalization(benchmark: CLScenario) -> nn.Module:
-    """Make a module that normalizes images by mean and std of the first experience's pixels."""
-    x, *_ = benchmark.train_stream[0].dataset.tensors
+    """Make a module that normalizes images by mean and std of the first experience's pixels.
+
+    :raises UserError: if they are all the same.
+    """
+    x, *_ = tensors_of(benchmark.train_stream[0])
+    if x.min() == x.max():
+        raise UserError(
+            f"all pixels of the first experience are {x.min():.2f}: there is nothing to learn in it"
+        )
     return v2.Normalize([x.mean()], [x.std()])
 
 
 def first_of_each_class(benchmark: CLScenario, labels: list[int]) -> Tensor:
     """Return the first test image of each label, in this order."""
-    tensors = (experience.dataset.tensors for experience in benchmark.test_stream)
+    tensors = map(tensors_of, benchmark.test_stream)
     x, y, _ = map(torch.cat, zip(*tensors))
     return torch.cat([x[y == label][:1] for label in labels])
 
@@ -260,44 +274,130 @@ def first_of_each_class(benchmark: CLScenario, labels: list[int]) -> Tensor:
 # --- Benchmarks in memory -------------------------------------------------------------------------
 
 
-def in_memory_benchmark(
-    train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]
-) -> CLScenario:
+def in_memory_benchmark(train: Iterable, test: Iterable, **further: Iterable) -> CLScenario:
     """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
 
     Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
     has extended, doesn't have them any more and is loaded sample by sample.
 
-    :param train: for each experience images in [0, 1], shape (n, C, H, W), and their class labels
-        (int64), shape (n,).
+    :param train: for each experience a pair of images and class labels, tensors or arrays. Images
+        are floats in [0, 1], shape (n, C, H, W), and become float32; labels are whole numbers from
+        0 on, shape (n,) or (n, 1), and become int64.
     :param test: the same for its test set.
-    :return: a benchmark with `train_stream` and `test_stream`.
-    :raises ValueError: if pixels lie outside [0, 1].
+    :param further: the same for further streams, by their names.
+    :return: a benchmark with `train_stream`, `test_stream` and those of the further names.
+    :raises ValueError: if images or labels aren't like that; it names stream and experience.
     """
-    streams = {"train": [], "test": []}
-    for stream, pairs in zip(streams.values(), (train, test)):
-        for x, y in pairs:
-            if x.min() < 0 or x.max() > 1:
-                raise ValueError(
-                    f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
-                    "leave Normalize out of the transforms, solver and generator normalize"
-                )
+    streams, shape = {"train": train, "test": test} | further, None
+    for name, pairs in streams.items():
+        datasets = []
+        for number, pair in enumerate(pairs, 1):
+            try:
+                x, y = checked_pair(pair)
+                shape = shape or x.shape[1:]
+                if x.shape[1:] != shape:
+                    raise ValueError(f"images are {(*x.shape[1:],)}, those before {(*shape,)}")
+            except (TypeError, ValueError, RuntimeError) as error:
+                line = str(error).split("\n")[0]
+                raise ValueError(f"{name} stream, experience {number}: {line}") from error
             attributes = [DataAttribute(y, "targets"), TaskLabels(ConstantSequence(0, len(y)))]
             dataset = TaskAwareSupervisedClassificationDataset(
                 [TensorDataset(x, y)], data_attributes=attributes
             )
             dataset.tensors = (x, y, torch.zeros_like(y))
-            stream.append(dataset)
+            datasets.append(dataset)
+        if not datasets:
+            raise ValueError(f"the {name} stream has no experience")
+        streams[name] = datasets
     return with_task_labels(with_classes_timeline(benchmark_from_datasets(**streams)))
+
+
+def checked_pair(pair: tuple) -> tuple[Tensor, Tensor]:
+    """Convert images and labels of an experience where that changes no value, and check them.
+
+    :return: float32, shape (n, C, H, W), and int64, shape (n,).
+    :raises ValueError: if they aren't images and their labels.
+    """
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"a pair of images and labels is needed, not a {type(pair).__name__}")
+    x, y = map(as_tensor, pair)
+    return checked_images(x), checked_labels(y, len(x))
+
+
+def as_tensor(values) -> Tensor:
+    """Return a tensor as it is, and an array or nested lists as a new tensor, on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    values = np.asarray(values)
+    # torch takes neither reversed axes nor numbers of another byte order.
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+
+
+def checked_images(x: Tensor) -> Tensor:
+    """Check images, and return them as float32.
+
+    :raises ValueError: if they aren't floats in [0, 1], shape (n, C, H, W).
+    """
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"images have shape {(*x.shape,)}, not (n, channels, height, width)")
+    if not (x.is_floating_point() or x.dtype == torch.bool):
+        raise ValueError(f"images are {x.dtype}, not floats in [0, 1]: divide 8 bits by 255")
+    x = x.float()
+    if not x.isfinite().all():
+        raise ValueError("pixels are infinite or not a number (NaN)")
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
+            "leave Normalize out of the transforms, solver and generator normalize"
+        )
+    return x
+
+
+def checked_labels(y: Tensor, count: int) -> Tensor:
+    """Check the labels of so many images, and return them as int64, shape (n,).
+
+    :raises ValueError: if they aren't whole numbers from 0 on, one for each image.
+    """
+    if y.shape not in [(count,), (count, 1)]:
+        raise ValueError(f"labels have shape {(*y.shape,)}, but there are {count} images")
+    whole = y.flatten().long()
+    if not torch.equal(whole.to(y.dtype), y.flatten()):  # fractions, NaN
+        raise ValueError(f"labels are {y.dtype}, and not all of them whole numbers")
+    if whole.min() < 0:
+        raise ValueError(f"labels go down to {whole.min()}, and have to count from 0")
+    if whole.max() >= 100_000:  # the solver has a logit for each number
+        raise ValueError(f"labels go up to {whole.max()}, and have to count the classes from 0")
+    return whole
 
 
 def load_in_memory(benchmark: CLScenario) -> CLScenario:
     """Load any Avalanche benchmark, such as `SplitFMNIST`, into memory, where it trains faster.
 
     The transforms are applied once: a random one gives each image one variant for the whole run.
-    Class labels stay; task labels become 0, because there is one head.
+    All streams stay, and so do class labels; task labels become 0, because there is one head.
     """
-    streams = (benchmark.train_stream, benchmark.test_stream)
+    streams = benchmark.streams.items()
     return in_memory_benchmark(
-        *([load_all_dataset(experience.dataset)[:2] for experience in s] for s in streams)
+        **{name: [tensors_of(experience)[:2] for experience in stream] for name, stream in streams}
     )
+
+
+def tensors_of(experience: DatasetExperience) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the images of an experience, their class labels and their task labels.
+
+    What isn't from `in_memory_benchmark`, or is a subset, is loaded sample by sample.
+
+    :raises ValueError: if there are no images.
+    """
+    dataset = experience.dataset
+    if hasattr(dataset, "tensors"):
+        return dataset.tensors
+    if len(dataset) == 0:
+        stream, number = experience.origin_stream.name, experience.current_experience + 1
+        raise ValueError(f"{stream} stream, experience {number}: there are no images")
+    # A generator of its own, or loading would draw a number from the one that training uses.
+    loader = DataLoader(
+        dataset, len(dataset), collate_fn=dataset.collate_fn, generator=torch.Generator()
+    )
+    x, y, *task_labels = next(iter(loader))
+    return x, y, task_labels[0] if task_labels else torch.zeros_like(y)

@@ -13,6 +13,7 @@ from sklearn.metrics import confusion_matrix
 from torch.nn import Module
 
 from figures.lab.constants import UserError
+from figures.lab.data import tensors_of
 
 # --- One run --------------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def task_accuracies(solver: Module, stream: CLStream) -> list[float]:
     with one head, trained without task identity.
     """
     solver, accuracies, device = solver.eval(), [], next(solver.parameters()).device
-    for x, y, _ in (experience.dataset.tensors for experience in stream):
+    for x, y, _ in map(tensors_of, stream):
         classes = y.unique()
         chosen = classes[solver(x.to(device)).cpu()[:, classes].argmax(1)]
         accuracies.append((chosen == y).float().mean().item())
@@ -57,7 +58,7 @@ def confusions(solver: Module, stream: CLStream) -> list[list[int]]:
     Avalanche's metric counts image by image, which takes as long as the rest of an evaluation.
     """
     solver, pairs, device = solver.eval(), [], next(solver.parameters()).device
-    for x, y, _ in (experience.dataset.tensors for experience in stream):
+    for x, y, _ in map(tensors_of, stream):
         pairs.append((y, solver(x.to(device)).argmax(1).cpu()))
     return confusion_matrix(*map(torch.cat, zip(*pairs))).tolist()
 
