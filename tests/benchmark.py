@@ -16,19 +16,20 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import RandomSampler
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import DATA_DIR, all_constants  # noqa: E402
+from conftest import CONSTANTS, DATA_DIR  # noqa: E402
 
 import GenerativeReplay  # noqa: E402
-import Generator  # noqa: E402
 from figures.ablation import PLAIN_DGR  # noqa: E402
-from GenerativeModel import VAE, negative_elbo  # noqa: E402
-from TrainingInstances import DeepGenerativeReplayPlugin, in_memory_benchmark  # noqa: E402
+from figures.lab.data import in_memory_benchmark, load_images, make_benchmark  # noqa: E402
+from figures.lab.runs import setup  # noqa: E402
+from GenerativeModel import VAE, negative_elbo, reconstruction_error  # noqa: E402
+from TrainingInstances import DeepGenerativeReplayPlugin  # noqa: E402
 
 SHAPE = (1, 28, 28)
 # Plain DGR with minibatches of 128 + 128, as in van de Ven et al.
@@ -63,9 +64,9 @@ def bare(benchmark, constants):
     The random numbers are those of the strategies, so that the weights are the same at the end.
     """
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
-    solver, vae = scholar.model, scholar.replay.generator
+    solver, vae = scholar.model, scholar.replay_plugin.generator
     size, iterations = constants.BATCH_SIZE, constants.ITERATIONS
-    temperature, kl_weight = constants.TEMPERATURE, Generator.settled(constants).KL_WEIGHT
+    temperature, kl_weight = constants.TEMPERATURE, constants.KL_WEIGHT
     rate, aligned = constants.LEARNING_RATE, vae.density is not None
     optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
     experiences = [experience.dataset.tensors[:2] for experience in benchmark.train_stream]
@@ -80,7 +81,7 @@ def bare(benchmark, constants):
     @torch.no_grad()
     def solver_replay():
         while True:
-            x = torch.sigmoid(old_vae.decode(old_vae.sample_decoder_input(count)))
+            x = torch.sigmoid(old_vae.decode(old_vae.sample_latents(count)))
             all_logits = old_solver(x)
             logits = torch.full_like(all_logits, -torch.inf)
             logits[:, seen] = all_logits[:, seen]
@@ -90,7 +91,7 @@ def bare(benchmark, constants):
     @torch.no_grad()
     def vae_replay():
         while True:
-            z = old_vae.sample_decoder_input(count)
+            z = old_vae.sample_latents(count)
             x = torch.sigmoid(old_vae.decode(z))
             yield from reversed(list(zip(x.split(size), z.split(size))))
 
@@ -112,9 +113,9 @@ def bare(benchmark, constants):
             return losses[:size].mean() / k + (1 - 1 / k) * losses[size:].mean()
         z_mean, z_log_var = vae.encode(x)
         logits = vae.decode(torch.cat([vae.reparametrize(z_mean, z_log_var), z]))
-        current = negative_elbo(x, (logits[:size], z_mean, z_log_var), kl_weight).mean()
-        old = binary_cross_entropy_with_logits(logits[size:], replayed, reduction="sum") / size
-        return current / k + (1 - 1 / k) * old
+        current = negative_elbo(x, (logits[:size], z_mean, z_log_var), kl_weight)
+        old = reconstruction_error(replayed, logits[size:])
+        return current.mean() / k + (1 - 1 / k) * old.mean()
 
     for k, (images, labels) in enumerate(experiences, 1):  # noqa: B007  # the losses read k
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
@@ -157,7 +158,7 @@ def seconds(function, *arguments) -> float:
 
 def overhead(repeats: int, iterations: int, **changes) -> list[float]:
     """Our time over the bare loop's, for a whole stream of five experiences."""
-    benchmark, constants = synthetic(5, 2000), all_constants(ITERATIONS=iterations, **changes)
+    benchmark, constants = synthetic(5, 2000), CONSTANTS.changed(ITERATIONS=iterations, **changes)
     return [
         seconds(ours, benchmark, constants) / seconds(bare, benchmark, constants)
         for _ in range(repeats)
@@ -180,10 +181,10 @@ def faster_than_stock(repeats: int, **changes) -> list[float]:
             return torch.sigmoid(self.decode(torch.randn(batch_size, self.latent_size)))
 
     data = {"DATASET": "mnist", "DATA_DIR": str(DATA_DIR)}
-    constants = all_constants(ITERATIONS=1, **data, **PLAIN | changes)
-    benchmark = Generator.make_benchmark(Generator.load_images(constants), constants)
+    constants = CONSTANTS.changed(ITERATIONS=1, **data, **PLAIN | changes)
+    benchmark = make_benchmark(load_images(constants), constants)
     stream, size = benchmark.train_stream, constants.BATCH_SIZE
-    constants = constants.model_copy(update={"ITERATIONS": -(-len(stream[1].dataset) // size)})
+    constants = constants.changed(ITERATIONS=-(-len(stream[1].dataset) // size))
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
     scholar.train(stream[0])
 
@@ -213,7 +214,7 @@ def faster_than_stock(repeats: int, **changes) -> list[float]:
 
 def growth(repeats: int, iterations: int) -> tuple[list[float], list[float]]:
     """Time per iteration at the 50th experience over the 2nd, and peak memory after them."""
-    constants, benchmark = all_constants(ITERATIONS=iterations, **PLAIN), synthetic(50, 1000)
+    constants, benchmark = CONSTANTS.changed(ITERATIONS=iterations, **PLAIN), synthetic(50, 1000)
     ratios, peaks = [], []
     for _ in range(repeats):
         scholar, times = GenerativeReplay.make_scholar(benchmark, constants), []
@@ -256,7 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, medians = arguments.quick, {}
     repeats, slow, iterations = (3, 1, 25) if quick else (7, 7, 100)
-    torch.set_flush_denormal(True)  # as in the scripts, see Generator.load_images
+    bfloat16 = {"BFLOAT16": setup(CONSTANTS.changed(BFLOAT16=None)).BFLOAT16}  # as by default
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'ratio':48} {'target':>8} {'median':>7} {'spread':>13}   n")
 
@@ -272,7 +273,6 @@ def main() -> None:
     late, memory = growth(1 if quick else 5, 4 if quick else 20)
     report("50th experience / 2nd, seconds per iteration", "<= 1.05", late)
     report("50th experience / 2nd, peak memory", "<= 1.05", memory)
-    bfloat16 = {"BFLOAT16": Generator.multiplies_bfloat16("cpu")}  # as by default
     mnist = bfloat16 | {"INPUT_SHIFT": 1}  # the random images here have no margin
     report("default recipe, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **mnist))
     report("plain DGR, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **PLAIN))

@@ -10,13 +10,14 @@ from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics, loss_metrics
 from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LwFPlugin
-from conftest import DATA_DIR, all_constants, needs_mnist
+from conftest import CONSTANTS, DATA_DIR, needs_mnist
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
 import GenerativeReplay
 import TrainingInstances
+from figures.lab.data import load_in_memory
 
 SMALL = {"HIDDEN_UNITS": 16, "ITERATIONS": 6, "BATCH_SIZE": 16}
 
@@ -29,12 +30,12 @@ def parameters(*models):
     "changes", [benchmark.PLAIN, {}, {"TEMPERATURE": None}, {"BFLOAT16": True}]
 )
 def test_the_same_numbers_as_a_bare_loop(changes):
-    stream, constants = benchmark.synthetic(3, 40), all_constants(**changes | SMALL)
+    stream, constants = benchmark.synthetic(3, 40), CONSTANTS.changed(**changes | SMALL)
     torch.manual_seed(0)
     scholar = benchmark.ours(stream, constants)
     torch.manual_seed(0)
     models = benchmark.bare(stream, constants)
-    ours = scholar.model, scholar.replay.generator
+    ours = scholar.model, scholar.replay_plugin.generator
     torch.testing.assert_close(parameters(*ours), parameters(*models))
 
 
@@ -49,17 +50,17 @@ def test_the_same_numbers_through_avalanches_own_dataset_without_task_labels():
     trained = []
     for streams in (ours, stock):
         torch.manual_seed(0)
-        scholar = GenerativeReplay.make_scholar(ours, all_constants(**SMALL))
+        scholar = GenerativeReplay.make_scholar(ours, CONSTANTS.changed(**SMALL))
         for experience in streams.train_stream:
             scholar.train(experience)
             scholar.eval(streams.test_stream)
-        trained.append(parameters(scholar.model, scholar.replay.generator))
+        trained.append(parameters(scholar.model, scholar.replay_plugin.generator))
     torch.testing.assert_close(*trained)
 
 
 def train_with(*plugins):
     """Return the solver's parameters, the log and the last results beside Avalanche's extras."""
-    stream, constants, log = benchmark.synthetic(3, 40), all_constants(**SMALL), StringIO()
+    stream, constants, log = benchmark.synthetic(3, 40), CONSTANTS.changed(**SMALL), StringIO()
     metrics = (
         accuracy_metrics(epoch=True, stream=True),
         loss_metrics(minibatch=True),
@@ -67,10 +68,11 @@ def train_with(*plugins):
     )
     torch.manual_seed(0)
     template = GenerativeReplay.make_scholar(stream, constants)
+    generator_strategy = template.replay_plugin.generator_strategy
     scholar = TrainingInstances.GenerativeReplay(
         model=template.model,
         optimizer=template.optimizer,
-        replay=TrainingInstances.DeepGenerativeReplayPlugin(template.replay.generator_strategy),
+        replay_plugin=TrainingInstances.DeepGenerativeReplayPlugin(generator_strategy),
         train_mb_size=16,
         plugins=plugins,
         evaluator=EvaluationPlugin(*metrics, loggers=[TextLogger(log)]),
@@ -123,18 +125,18 @@ def stock_benchmark(*transforms):
 
 def test_any_benchmark_in_memory():
     stock = stock_benchmark(Lambda(lambda x: x + torch.rand(1) / 9))
-    ours = TrainingInstances.load_in_memory(stock)
+    ours = load_in_memory(stock)
     x, y, t = ours.train_stream[1].dataset.tensors
     assert x.shape == (12, 1, 8, 8) and sorted(y.tolist()) == [0] * 6 + [2] * 6
     assert t.tolist() == [0] * 12 and stock.train_stream[1].task_label == 1
     noise = (x.flatten(1) - 40 * y[:, None] / 255).mean(1)
     assert noise.min() >= -1e-6 and len(noise.unique()) == 12  # drawn for each image, once
-    scholar = GenerativeReplay.make_scholar(ours, all_constants(**SMALL))
+    scholar = GenerativeReplay.make_scholar(ours, CONSTANTS.changed(**SMALL))
     for experience in ours.train_stream:
         scholar.train(experience)
-    assert scholar.replay.seen_classes == [0, 1, 2, 3]
+    assert scholar.replay_plugin.seen_classes == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="leave Normalize out"):
-        TrainingInstances.load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
+        load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
 
 
 @needs_mnist
@@ -143,8 +145,8 @@ def test_a_stock_benchmark_with_transforms():
     from torchvision.transforms import RandomRotation
 
     stream = SplitMNIST(5, dataset_root=DATA_DIR, train_transform=RandomRotation(5)).train_stream
-    constants = all_constants(MIXTURE_COMPONENTS=0, **SMALL)
+    constants = CONSTANTS.changed(MIXTURE_COMPONENTS=0, **SMALL)
     scholar = GenerativeReplay.make_scholar(benchmark.synthetic(5, 10), constants)
     scholar.train(stream[:2])
     seen = {*stream[0].classes_in_this_experience, *stream[1].classes_in_this_experience}
-    assert set(scholar.replay.seen_classes) == seen
+    assert set(scholar.replay_plugin.seen_classes) == seen

@@ -53,16 +53,6 @@ def test_the_encoder_sees_normalized_images(vae):
     torch.testing.assert_close(normalized.encode(x), vae.encode(2 * x - 1))
 
 
-def test_replayed_latents_are_decoded_as_they_are_and_cost_no_divergence(vae):
-    x, z, targets = torch.rand(5, *SHAPE), torch.randn(3, 4), torch.rand(8, *SHAPE)
-    output = vae(x, replayed=z)
-    assert [len(part) for part in output] == [8, 8, 8]
-    torch.testing.assert_close(output[0][5:], vae.decode(z))
-    torch.testing.assert_close(output[1][:5], vae.encode(x)[0])
-    log_likelihood = Bernoulli(logits=output[0][5:], validate_args=False).log_prob(targets[5:])
-    torch.testing.assert_close(negative_elbo(targets, output)[5:], -log_likelihood.sum((1, 2, 3)))
-
-
 def test_training_lowers_the_loss_and_samples_resemble_the_data(vae):
     x, losses = torch.zeros(32, *SHAPE), []
     x[:, :, 2] = 1  # one bright line
@@ -93,7 +83,6 @@ def test_generate_in_evaluation_mode_and_without_gradient_whatever_the_mode(vae,
 
 
 def test_a_vae_without_density_is_unconditional(vae):
-    assert vae.learned_classes() is None
     with pytest.raises(ValueError, match="no density"):
         vae.generate(2, condition=torch.zeros(2, dtype=torch.int64))
 
@@ -125,7 +114,7 @@ def test_samples_have_mean_covariance_and_clusters_of_the_encodings():
     density = ClassConditionalGMM(components=2, latent_size=3)
     density.fit(z, y)
     for label in (1, 3):
-        encodings, samples = z[y == label], density.sample(torch.full((20000,), label))
+        encodings, samples = z[y == label], density.sample(20000, torch.full((20000,), label))
         torch.testing.assert_close(samples.mean(0), encodings.mean(0), atol=0.06, rtol=0)
         torch.testing.assert_close(samples.T.cov(), encodings.T.cov(), atol=0.15, rtol=0.05)
         lower = [(part[:, 0] < -1).float().mean().item() for part in (samples, encodings)]
@@ -148,22 +137,20 @@ def test_each_visit_of_a_class_keeps_its_share_and_takes_the_memory_that_is_said
         size = sum(part.numel() * part.element_size() for part in state)
         assert size == (visit + 1) * density.bytes_per_mixture
     density.fit(torch.randn(1000, 2) - 99, other)
-    z = density.sample(torch.zeros(30000, dtype=torch.int64))
+    z = density.sample(30000, torch.zeros(30000, dtype=torch.int64))
     shares = (z.mean(1) / 20).round().long().bincount(minlength=3) / len(z)
     torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.015, rtol=0)
 
 
 def test_a_vae_generates_from_its_density_and_its_state_holds_it():
     vaes = [VAE(SHAPE, 16, 3, ClassConditionalGMM(2, 3)) for _ in range(2)]
-    assert vaes[0].learned_classes().tolist() == []
     torch.testing.assert_close(
-        vaes[0].sample_decoder_input(20000).T.cov(), torch.eye(3), atol=0.05, rtol=0
+        vaes[0].sample_latents(20000).T.cov(), torch.eye(3), atol=0.05, rtol=0
     )  # the prior, until something is fitted
     vaes[0].density.fit(*two_classes())
     vaes[1].load_state_dict(vaes[0].state_dict())
-    assert vaes[1].learned_classes().tolist() == [1, 3]
-    assert vaes[1].sample_labels(1000).bincount(minlength=5)[[1, 3]].min() > 400
-    z = vaes[1].sample_decoder_input(2000)  # class 3 lies at z[1] = 3
+    assert vaes[1].density.labels.tolist() == [1, 3]
+    z = vaes[1].sample_latents(2000)  # class 3 lies at z[1] = 3
     assert 900 < ((z - torch.tensor([0.0, 3.0, -1.0])).norm(dim=1) < 3.2).sum() < 1300
     condition, images = torch.full((7,), 3), []
     for model in vaes:
@@ -172,5 +159,13 @@ def test_a_vae_generates_from_its_density_and_its_state_holds_it():
     with pytest.raises(ValueError, match="no density"):
         vaes[0].generate(2, torch.tensor([1, 2]))
     torch.manual_seed(1)
-    z = vaes[0].density.sample(condition)
+    z = vaes[0].density.sample(7, condition)
     torch.testing.assert_close(images, [torch.sigmoid(vaes[0].decode(z))] * 2)
+
+
+def test_each_class_is_sampled_equally_often_however_often_it_has_come():
+    density = ClassConditionalGMM(1, latent_size=2)
+    for label, count in ((4, 500), (2, 20), (4, 500)):
+        density.fit(torch.randn(count, 2) + 20 * label, torch.full((count,), label))
+    labels = (density.sample(4000).mean(1) / 20).round().long()
+    assert labels.bincount(minlength=5).tolist() == pytest.approx([0, 0, 2000, 0, 2000], abs=120)
