@@ -13,7 +13,6 @@ import torch
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.distributions import Categorical, MultivariateNormal
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
@@ -238,9 +237,7 @@ class ClassConditionalGMM(nn.Module):
             classes = self.labels.unique()
             y = classes[torch.randint(len(classes), (count,), device=classes.device)]
         of_the_class = (self.labels == y.to(self.labels)[:, None]).float()
-        mixture = Categorical(of_the_class, validate_args=False).sample()
-        component = Categorical(self.weights[mixture], validate_args=False).sample()
-        mean, scale = self.means[mixture, component], self.scales[mixture, component]
-        return MultivariateNormal(
-            mean.float(), scale_tril=scale.float(), validate_args=False
-        ).sample()
+        mixture = torch.multinomial(of_the_class, 1).flatten()
+        component = torch.multinomial(self.weights[mixture], 1).flatten()
+        mean, scale = (part[mixture, component].float() for part in (self.means, self.scales))
+        return mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]

@@ -55,7 +55,8 @@ MIXTURE_COMPONENTS: NonNegativeInt = 10  # Gaussians per class; 0: z from the pr
 
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
-N_JOBS: PositiveInt = 1  # runs at the same time, each a process with its share of the cores
+THREADS: PositiveInt = 1  # of a run; more pay with layers of 1000 units, if nothing else runs
+N_JOBS: PositiveInt = 1  # runs at the same time, each in a process
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
 RESULTS_DIR: str = "results"  # where results and figures go
@@ -128,7 +129,7 @@ def experiment(
         scholar = make_scholar(benchmark, constants, strategy, make_generator, logs)
         run.record |= data.stream_names(images, constants) | {"accuracy_matrix": []}
 
-        for experience in benchmark.train_stream[run.resume(scholar) :]:
+        for experience in run.remaining(benchmark, scholar):
             scholar.train(experience)  # the solver, then the generator
             metrics = scholar.eval(benchmark.test_stream)
             accuracies = report.by_experience(metrics, "Top1_Acc_Exp")
@@ -136,7 +137,8 @@ def experiment(
             for what, losses in loss_curves(scholar).items():
                 run.arrays[f"{what}_loss"].append(losses)
             if scholar.replay_plugin:
-                samples = samples_per_class(scholar, run.record["label_order"])
+                with torch.random.fork_rng():  # to look changes nothing
+                    samples = samples_per_class(scholar, run.record["label_order"])
                 run.arrays["samples"].append(samples)
             so_far = mean(accuracies[: experience.current_experience + 1])
             run.save(scholar, f"accuracy so far {so_far:.2%}")
@@ -275,7 +277,7 @@ def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:
     if scholar.replay_plugin:  # that of a user's generator may have no plugins
         plugins += getattr(scholar.replay_plugin.generator_strategy, "plugins", [])
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
-    return {recorder.name: recorder.losses.cpu() for recorder in recorders}
+    return {recorder.name: torch.tensor(recorder.losses) for recorder in recorders}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ KL_WEIGHT: PositiveFloat = 0.07  # β, weight of the divergence; 1: the ELBO its
 MIXTURE_COMPONENTS: NonNegativeInt = 10  # Gaussians per class; 0: z from the prior N(0, I)
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
+THREADS: PositiveInt = 1  # of a run; more pay with layers of 1000 units, if nothing else runs
 RESULTS_DIR: str = "results"  # where results and figures go
 # --------------------------------------------------------------------------------------------------
 
@@ -126,12 +127,13 @@ def experiment(images: data.Images, constants: Constants, seed: int) -> None:
             originals = data.first_of_each_class(benchmark, run.record["label_order"])
             originals = originals.to(constants.DEVICE)
 
-            for experience in benchmark.train_stream[run.resume(strategy) :]:
+            for experience in run.remaining(benchmark, strategy):
                 strategy.train(experience)
                 metrics = strategy.eval(benchmark.test_stream)
                 losses = report.by_experience(metrics, "Loss_Exp")
                 run.record["loss_matrix"].append(losses)
-                run.arrays["samples"].append(generator.generate(20).cpu())
+                with torch.random.fork_rng():  # to look changes nothing
+                    run.arrays["samples"].append(generator.generate(20).cpu())
                 run.arrays["reconstructions"].append(generator.reconstruct(originals).cpu())
                 loss = losses[experience.current_experience]
                 run.save(strategy, f"loss on its images {loss:.1f}")

@@ -5,7 +5,8 @@ present against past. On them stand `GenerativeReplay`, the strategy that trains
 `VAETraining`, the strategy that trains the generator.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             count = amount * max(1, self.AHEAD // amount)
             with torch.no_grad():
                 self.ahead = self.sample(count, self.old_generator, self.old_model)
-        self.ahead, self.replayed = self.ahead.split(len(self.ahead.x) - amount)
+        self.replayed, self.ahead = self.ahead.split(amount)
         # Replayed samples take the task label of the first real one: there is only one head.
         task_labels = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         pairs = zip(strategy.mbatch, [self.replayed.x, self.replayed.y, *task_labels], strict=True)
@@ -177,7 +178,7 @@ class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
         """Fit the density of the latents to the experience's encodings."""
         model, device = strategy.model, strategy.device
         if model.density is not None:
-            strategy.make_eval_dataloader(**kwargs)
+            strategy.make_eval_dataloader()
             batches = [(model.encode(x.to(device))[0], y) for x, y, *_ in strategy.dataloader]
             model.density.fit(*map(torch.cat, zip(*batches)))
         super().after_training_exp(strategy, **kwargs)
@@ -245,22 +246,35 @@ class ReplayTemplate(SupervisedTemplate):
             super().training_epoch(**kwargs)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
-        """Load `iterations` random minibatches; if it is None, or unshuffled, go through once."""
+        """Load `iterations` minibatches, or go through the data once.
+
+        :param shuffle: random order; else that of the data, from its beginning again if need be.
+        :param kwargs: drop_last, num_workers, as for torch's `DataLoader`.
+        """
         data, count = self.adapted_dataset, self.iterations and self.iterations * self.train_mb_size
-        rows = RandomSampler(data, num_samples=count) if shuffle else range(len(data))
-        self.dataloader = self._loader(rows, self.train_mb_size)
+        in_order = torch.arange(count or len(data)) % len(data)
+        rows = RandomSampler(data, num_samples=count) if shuffle else in_order.tolist()
+        self.dataloader = self.load(rows, self.train_mb_size, **kwargs)
 
-    def make_eval_dataloader(self, **kwargs):
-        """Load the data once, in order."""
-        self.dataloader = self._loader(range(len(self.adapted_dataset)), self.eval_mb_size)
+    def make_eval_dataloader(self, shuffle: bool = False, **kwargs):
+        """Load the data once, in order: it makes no difference to the mean over all of it."""
+        self.dataloader = self.load(range(len(self.adapted_dataset)), self.eval_mb_size, **kwargs)
 
-    def _loader(self, rows: RandomSampler | range, batch_size: int) -> DataLoader:
-        data = self.adapted_dataset
-        if not hasattr(data, "tensors"):  # not from in_memory_benchmark
-            return DataLoader(data, batch_size, sampler=rows, collate_fn=data.collate_fn)
-        tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
-        # Whole minibatches are taken out of the tensors, not sample by sample.
-        return DataLoader(tensors, None, sampler=BatchSampler(rows, batch_size, drop_last=False))
+    def load(
+        self, rows: Iterable[int], size: int, drop_last: bool = False, num_workers: int = 0
+    ) -> DataLoader:
+        """Load minibatches of some rows of the data.
+
+        The loader has random numbers of its own, so that evaluation takes none from training.
+        """
+        data, own = self.adapted_dataset, torch.Generator()
+        options = {"num_workers": num_workers, "generator": own}
+        if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
+            tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
+            minibatches = BatchSampler(rows, size, drop_last)
+            return DataLoader(tensors, None, sampler=minibatches, **options)
+        options["collate_fn"] = data.collate_fn
+        return DataLoader(data, size, sampler=rows, drop_last=drop_last, **options)
 
 
 class GenerativeReplay(ReplayTemplate):
@@ -350,8 +364,9 @@ class OneCyclePlugin(SupervisedPlugin):
         )  # fmt: skip
 
     def after_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
-        """Go on in the cycle."""
-        self.schedule.step()
+        """Go on in the cycle; at its end, if a plugin has added minibatches, the rate stays 0."""
+        if self.schedule.last_epoch + 1 < self.schedule.total_steps:
+            self.schedule.step()
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Reset the optimizer's moments."""
@@ -366,32 +381,22 @@ class LossRecorder(SupervisedPlugin):
 
     def __init__(self, name: str):
         super().__init__()
-        self.name, self.losses = name, torch.empty(0)
+        self.name, self.losses = name, []
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Make room for the losses, shape (iterations,).
-
-        A list of as many small tensors would leave holes in memory: gigabytes with a WGAN.
-        """
-        count = strategy.train_epochs * len(strategy.dataloader)
-        self.losses = torch.empty(count, device=strategy.device)
+        """Begin anew."""
+        self.losses = []
 
     def after_backward(self, strategy: SupervisedTemplate, **kwargs):
-        """Record the loss, of current and replayed data, as it is minimised."""
-        self.losses[strategy.clock.train_exp_iterations] = strategy.loss.detach()
+        """Record the loss, of current and replayed data, as it is minimised.
 
-    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Keep the losses of the iterations trained, and check them.
-
-        :raises FloatingPointError: if one of them is infinite or not a number.
+        :raises FloatingPointError: if it is infinite or not a number.
         """
-        self.losses = self.losses[: strategy.clock.train_exp_iterations]
-        infinite = (~self.losses.isfinite()).nonzero()
-        if len(infinite):
-            first = int(infinite[0])
+        self.losses.append(loss := strategy.loss.item())
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of the {self.name} is {float(self.losses[first])} at experience "
-                f"{strategy.experience.current_experience + 1}, iteration {first + 1}"
+                f"the loss of the {self.name} is {loss} at experience "
+                f"{strategy.experience.current_experience + 1}, iteration {len(self.losses)}"
             )
 
 

@@ -10,7 +10,7 @@ import platform
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import BytesIO
@@ -19,6 +19,8 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
+from avalanche.benchmarks import CLScenario, DatasetExperience
+from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,8 +39,8 @@ SCRIPTS.append(ROOT / "figures" / "generators.py")
 # Constants that say where runs take place, and how many at a time: they don't count in the name of
 # a folder, although the number of threads changes rounding, and a GPU the random numbers too.
 ELSEWHERE = {
-    "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "STRATEGIES", "N_JOBS", "SCHEDULER",
-    "TENSORBOARD",
+    "SEEDS", "DATA_DIR", "DEVICE", "RESULTS_DIR", "STRATEGIES", "THREADS", "N_JOBS",
+    "SCHEDULER", "TENSORBOARD",
 }  # fmt: skip
 
 # --- The process ----------------------------------------------------------------------------------
@@ -50,6 +52,8 @@ def setup(constants: Constants) -> Constants:
     :return: the constants, with a DEVICE and a BFLOAT16 that suit the machine.
     :raises UserError: if the DEVICE can't be used.
     """
+    # Two threads wait for each other: beside other work they are slower than one, by a multiple.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", constants.THREADS)))
     # Adam's moments of units without gradient decay into denormal numbers, which take an x86 CPU
     # nine times as long. Threads take it over when they start.
     torch.set_flush_denormal(True)
@@ -137,19 +141,23 @@ class Run:
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.title}: {reason}; make the layers smaller") from error
 
-    def resume(self, strategy) -> int:
-        """Bring a new strategy, and torch's random numbers, to where an interrupted run has ended.
+    def remaining(self, benchmark: CLScenario, strategy) -> Sequence[DatasetExperience]:
+        """Return the experiences to learn: all, or those that an interrupted run has left.
 
-        :return: the number of experiences that it had finished.
+        For that the strategy, new as it is, is brought to where the run has ended, and so are
+        torch's random numbers.
         """
-        path = self.folder / "state.pt"
+        done, path = 0, self.folder / "state.pt"
         if path.exists():
             state = read_state(path)
+            done = len(state["record"].get("accuracy_matrix") or state["record"]["loss_matrix"])
+            for experience in [*benchmark.train_stream[:done], *benchmark.test_stream]:
+                avalanche_model_adaptation(strategy.model, experience)  # heads that grow
             load_state(strategy, state)
             self.record |= state["record"] | {"name": self.record["name"]}
             self.arrays.update(state["arrays"])
         self.started = time.perf_counter()
-        return strategy.clock.train_exp_counter
+        return benchmark.train_stream[done:]
 
     def save(self, strategy, progress: str) -> None:
         """Save what the next experiences depend on, and say how far the run is."""

@@ -1,0 +1,119 @@
+"""Deep Generative Replay in one plain loop, without Avalanche: `python -m figures.plain_dgr`.
+
+It learns scikit-learn's digits, two at a time, as GenerativeReplay.py does by default, and ends
+with the same weights (a test says so): this is all that the strategies compute.
+"""
+
+import copy
+import sys
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import BatchSampler, RandomSampler
+
+import GenerativeReplay
+from figures.lab import data
+from figures.lab.constants import read_constants, run_command
+from figures.lab.runs import setup
+from GenerativeModel import negative_elbo, reconstruction_error
+from Generator import make_generator_strategy
+
+
+def plain_dgr(solver, vae, experiences, constants):
+    """Train solver and VAE on pairs of images and labels, and yield k after the k-th of them."""
+    size, iterations, beta = constants.BATCH_SIZE, constants.ITERATIONS, constants.KL_WEIGHT
+    temperature, seen = constants.TEMPERATURE, []
+    for k, (x, y) in enumerate(experiences, 1):
+        old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
+        r = 1 / k  # weight of the current data (Shin et al. 2017, eq. 1)
+
+        step, past = one_cycle(solver, constants), replay(old_vae, size)
+        for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
+            with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
+                if k == 1:
+                    loss = cross_entropy(solver(x[rows]), y[rows])
+                else:
+                    old_x, _ = next(past)
+                    targets = label(old_solver, old_x, seen, temperature)
+                    logits = solver(torch.cat([x[rows], old_x]))
+                    current = cross_entropy(logits[:size], y[rows])
+                    old = cross_entropy(logits[size:] / temperature, targets)
+                    loss = r * current + (1 - r) * old
+            step(loss)
+
+        step, past = one_cycle(vae, constants), replay(old_vae, size)
+        for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
+            with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
+                if k == 1:
+                    loss = negative_elbo(x[rows], vae(x[rows]), beta).mean()
+                else:  # the new decoder learns what the old one decodes: replay alignment
+                    old_x, old_z = next(past)
+                    z_mean, z_log_var = vae.encode(x[rows])
+                    z = vae.reparametrize(z_mean, z_log_var)
+                    logits = vae.decode(torch.cat([z, old_z]))
+                    current = negative_elbo(x[rows], (logits[:size], z_mean, z_log_var), beta)
+                    old = reconstruction_error(old_x, logits[size:])
+                    loss = r * current.mean() + (1 - r) * old.mean()
+            step(loss)
+
+        with torch.no_grad():
+            vae.density.fit(vae.encode(x)[0], y)  # from which z will be sampled
+        seen = sorted({*seen, *y.unique().tolist()})
+        yield k
+
+
+@torch.no_grad()
+def replay(vae, size):
+    """Yield minibatches of the past for ever, images and their latents, generated 2,048 at once."""
+    while True:
+        z = vae.sample_latents(2048 // size * size)
+        yield from zip(vae.decode(z).sigmoid().split(size), z.split(size))
+
+
+@torch.no_grad()
+def label(solver, x, seen, temperature):
+    """Return soft targets: the old solver's probabilities of the classes seen."""
+    logits = torch.full_like(all_logits := solver(x), -torch.inf)
+    logits[:, seen] = all_logits[:, seen]
+    return (logits / temperature).softmax(1)
+
+
+def one_cycle(model, constants):
+    """Return a function that takes a step of Adam, in one cycle of the learning rate."""
+    optimizer = Adam(model.parameters(), lr=constants.LEARNING_RATE, fused=True)
+    schedule = OneCycleLR(
+        optimizer, constants.LEARNING_RATE, total_steps=constants.ITERATIONS + 1,
+        pct_start=0.15, div_factor=10, cycle_momentum=False,
+    )  # fmt: skip
+
+    def step(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    return step
+
+
+def main() -> None:
+    """Learn the digits and print the accuracy on those so far after each experience."""
+    constants = setup(read_constants(GenerativeReplay, ["--dataset", "digits", *sys.argv[1:]]))
+    images = data.load_images(constants)
+    constants = data.fill_in(constants, images)
+    torch.manual_seed(constants.SEEDS[0])
+    benchmark = data.make_benchmark(images, constants)
+    solver = GenerativeReplay.make_solver(benchmark, constants)
+    vae = make_generator_strategy(benchmark, constants).model
+    experiences = [experience.dataset.tensors[:2] for experience in benchmark.train_stream]
+    for k in plain_dgr(solver, vae, experiences, constants):
+        solver.eval()
+        tests = [experience.dataset.tensors for experience in benchmark.test_stream[:k]]
+        accuracies = [(solver(x).argmax(1) == y).float().mean() for x, y, _ in tests]
+        print(f"experience {k}: {torch.stack(accuracies).mean():.2%}", flush=True)
+        solver.train()
+
+
+if __name__ == "__main__":
+    run_command(main)
