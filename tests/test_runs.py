@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, all_constants, begin, run
+from conftest import CONSTANTS, OFFLINE, ROOT, begin, run
 
-from figures import results
 from figures.ablation import PLAIN_DGR
+from figures.lab import runs
 
 SMALL = {"DATASET": "digits", "HIDDEN_UNITS": 40, "LATENT_SIZE": 4, "ITERATIONS": 40}
 
@@ -85,7 +85,7 @@ def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(script, change
     killed.kill()
     killed.join()
     assert not list(state.parent.glob("*.json"))  # it wasn't finished
-    (state.parent / ".1-samples.npz").write_bytes(b"half")  # as if killed while it wrote this
+    (state.parent / ".1-arrays.npz").write_bytes(b"half")  # as if killed while it wrote this
     again = run(script, *words, "--results-dir", "killed", cwd=tmp_path)
     assert whole.returncode == again.returncode == 0 and whole.stderr == again.stderr == ""
     assert "experience 1/5" in whole.stdout
@@ -115,7 +115,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
         for path in (tmp_path / "killed").rglob("[!.]*.json"):
             json.loads(path.read_text())
         for path in (tmp_path / "killed").rglob("state.pt"):
-            results.read_state(path)
+            runs.read_state(path)
     done = run("GenerativeReplay.py", *words, "--results-dir", "killed", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     found = numbers(tmp_path / "killed")
@@ -157,7 +157,7 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
     state = wait_for_state(tmp_path)
     (state.parent / "results.json").unlink()  # as if it had been killed before its end
-    good, saved, foreign = state.read_bytes(), results.read_state(state), tmp_path / "foreign"
+    good, saved, foreign = state.read_bytes(), runs.read_state(state), tmp_path / "foreign"
     torch.save(saved | {"run": saved["run"][:-1] + "1"}, foreign)
     bad = [good[: len(good) // 2], b"", pickle.dumps(Trap()), b"<!DOCTYPE html>"]
     for content in [*bad, foreign.read_bytes()]:
@@ -182,7 +182,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     full.join()
     assert full.exitcode == 2 and "state.pt" in one_line(files[1].read_text())
     assert not list(tmp_path.rglob(".*"))  # temporary files
-    assert results.read_state(state)["record"]["accuracy_matrix"]
+    assert runs.read_state(state)["record"]["accuracy_matrix"]
     done = run("GenerativeReplay.py", *options(), cwd=tmp_path)
     assert done.returncode == 0 and "experience 1/5" not in done.stdout
     assert "experience 5/5" in done.stdout
@@ -202,31 +202,45 @@ def test_two_copies_at_once_run_each_run_once(tmp_path):
 
 
 def test_an_edit_of_any_script_makes_a_new_folder(tmp_path, monkeypatch):
-    def folder(seed=0, **changes):
-        images = SimpleNamespace(name="digits")
-        return results.run_folder(all_constants(**changes), images, "replay", seed)
+    def folder(seed=0, generator="", **changes):
+        images, constants = SimpleNamespace(name="digits", notice=""), CONSTANTS.changed(**changes)
+        return runs.Run(constants, images, "replay", seed, generator=generator).folder
 
+    files = [*ROOT.glob("*.py"), *ROOT.glob("figures/lab/*.py"), ROOT / "figures/generators.py"]
+    assert sorted(runs.SCRIPTS) == sorted(files)
+    copies = [Path(shutil.copy(path, tmp_path)) for path in files]
+    monkeypatch.setattr(runs, "SCRIPTS", sorted(copies))
     before = folder()
-    assert {path.name for path in results.SCRIPTS} == {path.name for path in ROOT.glob("*.py")}
-    copies = [Path(shutil.copy(path, tmp_path)) for path in results.SCRIPTS]
-    monkeypatch.setattr(results, "SCRIPTS", copies)
-    assert folder() == before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3)
-    assert folder(BATCH_SIZE=65) != before != folder(seed=1)
+    assert before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3, THREADS=2)
+    assert before not in (folder(BATCH_SIZE=65), folder(seed=1), folder(generator="make_mine"))
     for path in copies:
         text = path.read_bytes()
         path.write_bytes(text + b"\n")
         assert folder() != before
         path.write_bytes(text)
+    assert folder() == before
 
 
-@pytest.mark.parametrize("who", ["solver", "generator"])
-def test_a_loss_that_is_no_number_ends_the_run(who, tmp_path):
-    option = "--learning-rate" if who == "solver" else "--generator-learning-rate"
-    done = run("GenerativeReplay.py", *options(), option, "1e30", cwd=tmp_path)
-    what = rf"replay, seed 0: the loss of the {who} is (nan|inf) at experience 1, iteration (\d+)"
-    found = re.search(what, one_line(done.stderr))
-    assert done.returncode == 2 and found and 1 < int(found[2]) <= 40
+@pytest.mark.parametrize(
+    ("script", "option", "what"),
+    [
+        ("GenerativeReplay.py", "--learning-rate", "replay, seed 0: the loss of the solver"),
+        ("GenerativeReplay.py", "--kl-weight", "replay, seed 0: the loss of the generator"),
+        ("Generator.py", "--learning-rate", "generator, seed 0: the loss of the generator"),
+    ],
+)
+def test_a_loss_that_is_no_number_ends_the_run(script, option, what, tmp_path):
+    done = run(script, *options(), option, "1e37", cwd=tmp_path)
+    found = re.search(rf"{what} is (nan|inf) at experience 1, iteration (\d+)", done.stderr)
+    assert done.returncode == 2 and found and 1 < int(found[2]) <= 40, done.stderr
+    assert one_line(done.stderr).endswith("; try a lower LEARNING_RATE\n")
     assert not list(tmp_path.rglob("state.pt"))
+
+
+def test_layers_that_do_not_fit_into_the_memory_end_the_run(tmp_path):
+    done = run("GenerativeReplay.py", *options(HIDDEN_UNITS=10**12), cwd=tmp_path)
+    assert done.returncode == 2 and "allocate memory" in one_line(done.stderr)
+    assert done.stderr.endswith("; make the layers smaller\n")
 
 
 def test_tensorboard_leaves_curves(tmp_path):
