@@ -157,14 +157,15 @@ def negative_elbo(
     :param kl_weight: β.
     :return: one loss for each image, shape (batch,).
     """
-    logits, z_mean, z_log_var = output
+    logits, z_mean, z_log_var = (part.float() for part in output)  # from bfloat16
     kl = 0.5 * (z_log_var.exp() + z_mean.square() - 1 - z_log_var).sum(1)
     return reconstruction_error(x, logits) + kl_weight * kl
 
 
 def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
     """Compute -log p(x|z) of each image, in nats: binary cross-entropy, summed over pixels."""
-    return binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    pixels = binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
+    return pixels.flatten(1).sum(1)
 
 
 class ClassConditionalGMM(nn.Module):

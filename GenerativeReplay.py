@@ -74,6 +74,7 @@ import torch
 from avalanche.benchmarks import CLScenario
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import TensorboardLogger
+from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -81,7 +82,7 @@ from torchvision.transforms import v2
 from figures import draw
 from figures.lab import data, report
 from figures.lab.baselines import ExperienceReplayPlugin, JointPlugin, images_in_memory_of
-from figures.lab.runs import Run, setup, side_by_side
+from figures.lab.runs import Run, setup, side_by_side, with_generator
 from Generator import make_generator_strategy, training_arguments
 from TrainingInstances import (
     DeepGenerativeReplayPlugin,
@@ -127,16 +128,19 @@ def experiment(
         benchmark = data.make_benchmark(images, constants)
         logs = run.folder if constants.TENSORBOARD else None
         scholar = make_scholar(benchmark, constants, strategy, make_generator, logs)
-        run.record |= data.stream_names(images, constants) | {"accuracy_matrix": []}
+        run.record |= data.stream_names(images, constants)
+        run.record |= {"accuracy_matrix": [], "task_accuracy_matrix": []}
 
         for experience in run.remaining(benchmark, scholar):
             scholar.train(experience)  # the solver, then the generator
             metrics = scholar.eval(benchmark.test_stream)
             accuracies = report.by_experience(metrics, "Top1_Acc_Exp")
             run.record["accuracy_matrix"].append(accuracies)
+            known = report.task_accuracies(scholar.model, benchmark.test_stream)
+            run.record["task_accuracy_matrix"].append(known)
             for what, losses in loss_curves(scholar).items():
                 run.arrays[f"{what}_loss"].append(losses)
-            if scholar.replay_plugin:
+            if isinstance(scholar, GenerativeReplay):
                 with torch.random.fork_rng():  # to look changes nothing
                     samples = samples_per_class(scholar, run.record["label_order"])
                 run.arrays["samples"].append(samples)
@@ -146,6 +150,7 @@ def experiment(
         matrix = run.record["accuracy_matrix"]
         run.record |= {
             "final_accuracy": mean(matrix[-1]),
+            "final_task_accuracy": mean(run.record["task_accuracy_matrix"][-1]),
             "forgetting": report.forgetting(matrix),
             "confusion_matrix": report.confusions(scholar.model, benchmark.test_stream),
         }
@@ -174,31 +179,35 @@ def make_scholar(
     arguments["evaluator"] = make_evaluator(logs)
     if strategy == "naive":
         return ReplayTemplate(**arguments)
-    if strategy == "joint":
-        arguments["plugins"].append(JointPlugin())
-        return ReplayTemplate(**arguments)
     replay = {
         "replay_size": constants.REPLAY_SIZE,
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
         "ratio": constants.RATIO,
     }
     generator_strategy = make_generator(benchmark, constants, **replay)
-    if strategy == "er":
-        count = images_in_memory_of(generator_strategy.model, benchmark)
-        arguments["plugins"].append(ExperienceReplayPlugin(count))
-        return ReplayTemplate(**arguments)
     plugin = DeepGenerativeReplayPlugin(
         generator_strategy, temperature=constants.TEMPERATURE, **replay
     )
+    if strategy == "joint":
+        arguments["plugins"].append(JointPlugin(plugin.amount))
+        return ReplayTemplate(**arguments)
+    if strategy == "er":
+        count = images_in_memory_of(generator_strategy.model, benchmark)
+        plugin = ExperienceReplayPlugin(count, plugin.amount, plugin.ratio)
+        return ReplayTemplate(replay_plugin=plugin, **arguments)
     return GenerativeReplay(replay_plugin=plugin, **arguments)
 
 
 def make_solver(benchmark: CLScenario, constants: Constants) -> nn.Module:
-    """Make the solver: fully connected, with a logit for each class. Edit it here."""
+    """Make the solver: fully connected, with a logit for each class. Edit it here.
+
+    Avalanche's head masks the logits of classes that haven't come yet, as van de Ven et al. do.
+    Else each experience would push them down further, and a class that comes late is hard to learn.
+    """
     shape, n_classes = data.shape_and_classes(benchmark)
     units, shift = constants.HIDDEN_UNITS, constants.INPUT_SHIFT
     if shift is None:
-        shift = int(has_margin(benchmark))
+        shift = int(constants.SCENARIO != "permuted" and has_margin(benchmark))
     return nn.Sequential(
         data.normalization(benchmark) if constants.NORMALIZE else nn.Identity(),
         # Generated images are a little blurred and a little too typical: shift and dropout are to
@@ -209,7 +218,7 @@ def make_solver(benchmark: CLScenario, constants: Constants) -> nn.Module:
         nn.Flatten(),
         nn.Linear(math.prod(shape), units), nn.ReLU(),
         nn.Linear(units, units), nn.ReLU(),
-        nn.Linear(units, n_classes),
+        IncrementalClassifier(units, n_classes),
     )  # fmt: skip
 
 
@@ -224,16 +233,12 @@ class TrainOnly(nn.Sequential):
 def has_margin(benchmark: CLScenario) -> bool:
     """Tell whether the outermost pixels hardly vary, so that a shift pushes nothing out of view.
 
-    Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image, as permuted pixels do.
-    The training images of the whole stream decide, before the first experience is learned;
-    INPUT_SHIFT sets the shift whatever they are.
+    Digits of MNIST have a margin; clothes of Fashion-MNIST fill the image. The training images of
+    the first experience decide, as no later one is known yet.
     """
-    for experience in benchmark.train_stream:
-        x, *_ = experience.dataset.tensors
-        outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
-        if outermost.std() > x.std() / 5:
-            return False
-    return True
+    x, *_ = benchmark.train_stream[0].dataset.tensors
+    outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
+    return bool(outermost.std() <= x.std() / 5)
 
 
 def make_evaluator(logs: Path | None) -> EvaluationPlugin:
@@ -273,9 +278,8 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
 
 def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:
     """Return the latest experience's losses of solver and generator, shape (iterations,)."""
-    plugins = list(scholar.plugins)
-    if scholar.replay_plugin:  # that of a user's generator may have no plugins
-        plugins += getattr(scholar.replay_plugin.generator_strategy, "plugins", [])
+    strategies = with_generator(scholar)  # a user's may have no plugins
+    plugins = [plugin for each in strategies for plugin in getattr(each, "plugins", [])]
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
     return {recorder.name: torch.tensor(recorder.losses) for recorder in recorders}
 

@@ -63,10 +63,14 @@ from TrainingInstances import (
 # --- The generator as a strategy ------------------------------------------------------------------
 
 
-def make_generator_strategy(benchmark: CLScenario, constants: Constants, **replay) -> VAETraining:
+def make_generator_strategy(
+    benchmark: CLScenario, constants: Constants,
+    plugin: type[DeepGenerativeReplayPlugin] | None = None, **replay,
+) -> VAETraining:  # fmt: skip
     """Wrap a new generator into its training strategy.
 
     :param benchmark: the stream that it will learn.
+    :param plugin: class of its replay plugin; None: with alignment, if there is a density.
     :param replay: replay_size, increasing_replay_size, ratio; see `DeepGenerativeReplayPlugin`.
     :return: a strategy with the generator as `model`, and `train(experience, **kwargs)`.
     """
@@ -75,7 +79,7 @@ def make_generator_strategy(benchmark: CLScenario, constants: Constants, **repla
     components, latent_size = constants.MIXTURE_COMPONENTS, constants.LATENT_SIZE
     density = ClassConditionalGMM(components, latent_size) if components else None
     vae = VAE(shape, constants.HIDDEN_UNITS, latent_size, density, normalize)
-    plugin = ReplayAlignmentPlugin if density else DeepGenerativeReplayPlugin
+    plugin = plugin or (ReplayAlignmentPlugin if density else DeepGenerativeReplayPlugin)
     return VAETraining(
         replay_plugin=plugin(**replay),
         kl_weight=constants.KL_WEIGHT,

@@ -97,6 +97,11 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.ahead: Samples | None = None  # for minibatches to come
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
+    def amount(self, n_real: int, experiences: int) -> int:
+        """Count the replayed samples beside n real ones, after some experiences (at least one)."""
+        amount = n_real if self.replay_size is None else self.replay_size
+        return amount * 2 ** (experiences - 1) if self.increasing_replay_size else amount
+
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Copy and freeze the old scholar, whatever an interrupted experience has left."""
         self.release_old_scholar()
@@ -104,11 +109,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate samples of the old scholar to the minibatch."""
-        amount = len(strategy.mb_x) if self.replay_size is None else self.replay_size
+        amount = self.amount(len(strategy.mb_x), strategy.clock.train_exp_counter)
         if self.untrained_solver or amount == 0:
             return
-        if self.increasing_replay_size:
-            amount *= 2 ** (strategy.clock.train_exp_counter - 1)
         if self.ahead is None or len(self.ahead.x) < amount:
             # The old scholar stays the same, so it generates for many minibatches at once.
             count = amount * max(1, self.AHEAD // amount)
@@ -129,17 +132,22 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         x = generator.generate(count)
         if solver is None:
             return Samples(x, torch.zeros(count, dtype=torch.int64))
-        all_logits = solver(x)
+        all_logits = solver(x).float()
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
         y = logits.argmax(1)
         return Samples(x, y, (logits / self.temperature).softmax(1) if self.temperature else y)
 
+    @property
+    def n_replayed(self) -> int:
+        """Count the replayed samples in the current minibatch."""
+        return len(self.replayed.x) if self.replayed else 0
+
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
         """Take the replayed samples out again, so that training accuracy is of real ones only."""
         if self.replayed is None:
             return
-        real = slice(len(strategy.mb_x) - len(self.replayed.x))
+        real = slice(strategy.n_real)
         strategy.mbatch = [part[real] for part in strategy.mbatch]
         output = strategy.mb_output  # one tensor, or a tuple of them (VAE)
         is_tensor = isinstance(output, Tensor)
@@ -192,7 +200,8 @@ class ReplayTemplate(SupervisedTemplate):
 
     Without replay it is plain fine-tuning. For another loss override `loss_per_image`.
 
-    :param replay_plugin: plugin that extends the minibatches; None: no replay.
+    :param replay_plugin: plugin that extends the minibatches, by `n_replayed` images, which it
+        weighs by its `ratio`; None: no replay.
     :param iterations: minibatches in an epoch, whatever the size of the experience, as in van de
         Ven et al.; None: one pass through it, as in Avalanche.
     :param bfloat16: train in mixed precision (Kalamkar et al. 2019, arXiv 1905.12322): matrix
@@ -232,12 +241,12 @@ class ReplayTemplate(SupervisedTemplate):
     @property
     def n_real(self) -> int:
         """Count the real images in the minibatch; those behind them are replayed."""
-        replaying = self.is_training and self.replay_plugin and self.replay_plugin.replayed
-        return len(self.mb_x) - (len(self.replay_plugin.replayed.x) if replaying else 0)
+        replaying = self.is_training and self.replay_plugin
+        return len(self.mb_x) - (self.replay_plugin.n_replayed if replaying else 0)
 
     def loss_per_image(self) -> Tensor:
         """Compute the loss of each image in the minibatch, shape (batch,)."""
-        return cross_entropy(self.mb_output, self.mb_y, reduction="none")
+        return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
     def training_epoch(self, **kwargs):
         """Train on the minibatches, in bfloat16 if wanted."""
@@ -291,12 +300,12 @@ class GenerativeReplay(ReplayTemplate):
         without the customary factor T² (Hinton et al. 2015, section 2), which would give the past
         more weight.
         """
-        n, plugin = self.n_real, self.replay_plugin
-        losses = cross_entropy(self.mb_output[:n], self.mb_y[:n], reduction="none")
+        n, plugin, logits = self.n_real, self.replay_plugin, self.mb_output.float()
+        losses = cross_entropy(logits[:n], self.mb_y[:n], reduction="none")
         if n == len(self.mb_x):
             return losses
-        logits = self.mb_output[n:] / (plugin.temperature or 1)
-        past = cross_entropy(logits, plugin.replayed.targets, reduction="none")
+        soft_logits = logits[n:] / (plugin.temperature or 1)
+        past = cross_entropy(soft_logits, plugin.replayed.targets, reduction="none")
         return torch.cat([losses, past])
 
 

@@ -11,21 +11,26 @@ import matplotlib.pyplot as plt
 
 import GenerativeReplay
 from figures import draw
+from figures.generators import make_aligned_strategy, make_unaligned_strategy
 from figures.lab import data, report
 from figures.lab.constants import read_constants, run_command
 from figures.lab.runs import setup, side_by_side
 
-# The components in the order in which they are added, and the constants that turn each off.
+# The components in the order in which they are added, and what turns each off: constants, or
+# another way to make the generator's strategy.
 COMPONENTS = {
     "normalized input": {"NORMALIZE": False},
     "input shift": {"INPUT_SHIFT": 0},
     "input dropout": {"INPUT_DROPOUT": 0.0},
-    "one cycle and bfloat16": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001, "BFLOAT16": False},
+    "one cycle": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001},
+    "bfloat16": {"BFLOAT16": False},
     "soft targets": {"TEMPERATURE": None},
-    "class-conditional density": {"MIXTURE_COMPONENTS": 0, "LATENT_SIZE": 100},
+    "latent size 32": {"LATENT_SIZE": 100},
+    "class-conditional density": {"MIXTURE_COMPONENTS": 0},
+    "replay alignment": {"make_generator": make_unaligned_strategy},
     "KL weight": {"KL_WEIGHT": 1.0},
 }
-PLAIN_DGR = {name: value for off in COMPONENTS.values() for name, value in off.items()}
+PLAIN_DGR = {name: of for off in COMPONENTS.values() for name, of in off.items() if name.isupper()}
 
 
 def main() -> None:
@@ -33,14 +38,20 @@ def main() -> None:
     constants = setup(read_constants(GenerativeReplay, sys.argv[1:]))
     images = data.load_images(constants)
     constants = data.fill_in(constants, images)
-    plans, off = {"plain DGR": PLAIN_DGR}, PLAIN_DGR
-    for component, constants_off in COMPONENTS.items():
-        off = {name: value for name, value in off.items() if name not in constants_off}
+    everything = {name: of for off in COMPONENTS.values() for name, of in off.items()}
+    plans, off = {"plain DGR": everything}, everything
+    for component, component_off in COMPONENTS.items():
+        off = {name: value for name, value in off.items() if name not in component_off}
         plans[f"+ {component}"] = off
     for component, off in list(COMPONENTS.items())[:-1]:  # without the last: the step before
         plans[f"without {component}"] = off
     plans = [
-        {"strategy": "replay", "constants": constants.changed(**off), "name": name}
+        {
+            "strategy": "replay",
+            "name": name,
+            "constants": constants.changed(**{key: of for key, of in off.items() if key.isupper()}),
+            "make_generator": off.get("make_generator", make_aligned_strategy),
+        }
         for name, off in plans.items()
     ]
     plans += [{"strategy": name, "constants": constants} for name in ("naive", "joint")]

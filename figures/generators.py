@@ -258,6 +258,25 @@ def make_gaussians_strategy(benchmark: CLScenario, constants: Constants, **repla
     return GaussiansTraining(*data.shape_and_classes(benchmark))
 
 
+# --- The VAE with and without replay alignment, for the ablation ----------------------------------
+
+
+class UnalignedPlugin(ReplayAlignmentPlugin):
+    """Fit the density, but learn replayed images like any other image."""
+
+    sample = DeepGenerativeReplayPlugin.sample
+
+
+def make_aligned_strategy(benchmark: CLScenario, constants: Constants, **replay) -> VAETraining:
+    """Wrap the VAE with replay alignment, whether there is a density or not."""
+    return make_generator_strategy(benchmark, constants, ReplayAlignmentPlugin, **replay)
+
+
+def make_unaligned_strategy(benchmark: CLScenario, constants: Constants, **replay) -> VAETraining:
+    """Wrap the VAE without replay alignment."""
+    return make_generator_strategy(benchmark, constants, UnalignedPlugin, **replay)
+
+
 # --- The comparison -------------------------------------------------------------------------------
 
 GENERATORS = {

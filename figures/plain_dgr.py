@@ -27,17 +27,18 @@ def plain_dgr(solver, vae, experiences, constants):
     temperature, seen = constants.TEMPERATURE, []
     for k, (x, y) in enumerate(experiences, 1):
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
+        solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
         r = 1 / k  # weight of the current data (Shin et al. 2017, eq. 1)
 
         step, past = one_cycle(solver, constants), replay(old_vae, size)
         for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
             with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
                 if k == 1:
-                    loss = cross_entropy(solver(x[rows]), y[rows])
+                    loss = cross_entropy(solver(x[rows]).float(), y[rows])
                 else:
                     old_x, _ = next(past)
                     targets = label(old_solver, old_x, seen, temperature)
-                    logits = solver(torch.cat([x[rows], old_x]))
+                    logits = solver(torch.cat([x[rows], old_x])).float()
                     current = cross_entropy(logits[:size], y[rows])
                     old = cross_entropy(logits[size:] / temperature, targets)
                     loss = r * current + (1 - r) * old
@@ -75,7 +76,7 @@ def replay(vae, size):
 @torch.no_grad()
 def label(solver, x, seen, temperature):
     """Return soft targets: the old solver's probabilities of the classes seen."""
-    logits = torch.full_like(all_logits := solver(x), -torch.inf)
+    logits = torch.full_like(all_logits := solver(x).float(), -torch.inf)
     logits[:, seen] = all_logits[:, seen]
     return (logits / temperature).softmax(1)
 

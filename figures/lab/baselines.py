@@ -1,6 +1,7 @@
 """The baselines that replay is compared with, as plugins of a `ReplayTemplate`."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from avalanche.benchmarks import CLScenario
@@ -12,14 +13,26 @@ from torch.utils.data import TensorDataset
 
 
 class JointPlugin(SupervisedPlugin):
-    """Train on all experiences so far, as a reference."""
+    """Train on all experiences so far, as a reference; Avalanche calls this cumulative.
+
+    Each minibatch has as many images as one of `replay` has real and replayed ones.
+
+    :param replayed: (real images, experiences learned) -> replayed images in a minibatch.
+    """
+
+    def __init__(self, replayed: Callable[[int, int], int]):
+        super().__init__()
+        self.replayed, self.batch_size = replayed, None
 
     def after_train_dataset_adaptation(self, strategy: SupervisedTemplate, **kwargs):
         """Join the data of the experience and of all before it."""
-        current = strategy.experience
+        current, done = strategy.experience, strategy.clock.train_exp_counter
         so_far = current.origin_stream[: current.current_experience + 1]
         tensors = zip(*(experience.dataset.tensors for experience in so_far))
         strategy.adapted_dataset = TensorDataset(*map(torch.cat, tensors))
+        self.batch_size = self.batch_size or strategy.train_mb_size
+        more = self.replayed(self.batch_size, done) if done else 0
+        strategy.train_mb_size = self.batch_size + more
 
 
 def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
@@ -36,26 +49,35 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
 
 
 class ExperienceReplayPlugin(SupervisedPlugin):
-    """Extend each minibatch by as many stored real images (er), all weighted alike: r = 1/2.
+    """Extend each minibatch by stored real images, as many and weighted as those of `replay`.
 
+    They keep their labels, where replayed ones get soft targets.
     A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
     Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state
     of a run can hold.
 
     :param mem_size: number of images to store.
+    :param replayed: (real images, experiences learned) -> replayed images in a minibatch.
+    :param ratio: weight of the current data in the loss; None: 1/k at the k-th experience.
     """
 
     saved = ("stored",)
 
-    def __init__(self, mem_size: int):
+    def __init__(
+        self, mem_size: int, replayed: Callable[[int, int], int], ratio: float | None = None
+    ):
         super().__init__()
-        self.mem_size = mem_size
+        self.mem_size, self.replayed, self.ratio = mem_size, replayed, ratio
         self.stored: list[Tensor] = []  # images, class labels, task labels, keys
+        self.n_replayed = 0  # in the current minibatch
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate stored images, their labels and task labels to the minibatch."""
+        self.n_replayed = 0
         if self.stored:
-            rows = torch.randint(len(self.stored[0]), (len(strategy.mb_x),))
+            done = strategy.clock.train_exp_counter
+            self.n_replayed = self.replayed(len(strategy.mb_x), done)
+            rows = torch.randint(len(self.stored[0]), (self.n_replayed,))
             pairs = zip(strategy.mbatch, self.stored)
             strategy.mbatch = [torch.cat([new, old[rows].to(new.device)]) for new, old in pairs]
 

@@ -36,6 +36,21 @@ def forgetting(matrix: list[list[float]]) -> float:
 
 
 @torch.no_grad()
+def task_accuracies(solver: Module, stream: CLStream) -> list[float]:
+    """Compute the accuracy on each experience if the solver is told which one it is.
+
+    It chooses among the classes of the experience alone: the task-incremental accuracy of a solver
+    with one head, trained without task identity.
+    """
+    solver, accuracies, device = solver.eval(), [], next(solver.parameters()).device
+    for x, y, _ in (experience.dataset.tensors for experience in stream):
+        classes = y.unique()
+        chosen = classes[solver(x.to(device)).cpu()[:, classes].argmax(1)]
+        accuracies.append((chosen == y).float().mean().item())
+    return accuracies
+
+
+@torch.no_grad()
 def confusions(solver: Module, stream: CLStream) -> list[list[int]]:
     """Count the labels that the solver sees (columns) in the images of each label (rows).
 
@@ -49,7 +64,7 @@ def confusions(solver: Module, stream: CLStream) -> list[list[int]]:
 
 # --- Several runs ---------------------------------------------------------------------------------
 
-KEYS = ("final_accuracy", "forgetting", "seconds")
+KEYS = ("final_accuracy", "final_task_accuracy", "forgetting", "seconds")
 
 
 def read_runs(folder: Path) -> list[dict]:
@@ -114,17 +129,18 @@ def statistics(runs: list[dict]) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """Format accuracy, forgetting and seconds: a line for each run, and for each name its mean."""
+    """Format accuracies, forgetting, seconds: a line for each run, and for each name its mean."""
     width = max(len(run["name"]) for run in runs) + 19
-    lines = [f"{'':{width}}{'final accuracy':>17}{'forgetting':>17}{'seconds':>9}"]
+    titles = "final accuracy", "if task is known", "forgetting"
+    lines = [f"{'':{width}}" + "".join(f"{title:>17}" for title in titles) + f"{'seconds':>9}"]
     for name, row in statistics(runs).items():
         for seed, *numbers in zip(row["seeds"], *(row[key]["values"] for key in KEYS)):
             label = f"{name}, seed {seed}"
-            lines.append("{:{}}{:17.2%}{:17.2%}{:9.0f}".format(label, width, *numbers))
+            lines.append("{:{}}{:17.2%}{:17.2%}{:17.2%}{:9.0f}".format(label, width, *numbers))
         if len(row["seeds"]) > 1:
-            pairs = (f"{row[k]['mean']:.2%} ± {row[k]['standard_error']:.2%}" for k in KEYS[:2])
+            pairs = (f"{row[k]['mean']:.2%} ± {row[k]['standard_error']:.2%}" for k in KEYS[:3])
             label, seconds = f"{name}, mean ± s.e.", row["seconds"]["mean"]
-            lines.append("{:{}}{:>17}{:>17}{:9.0f}".format(label, width, *pairs, seconds))
+            lines.append("{:{}}{:>17}{:>17}{:>17}{:9.0f}".format(label, width, *pairs, seconds))
     return "\n".join(lines)
 
 
@@ -132,9 +148,11 @@ def tidy(runs: list[dict]) -> str:
     """Format the accuracy matrices as CSV, a row for each number; experiences count from 1."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["strategy", "seed", "experience_trained", "experience_tested", "accuracy"])
+    columns = ["strategy", "seed", "experience_trained", "experience_tested"]
+    writer.writerow([*columns, "accuracy", "task_accuracy"])
     for run in runs:
-        for trained, row in enumerate(run["accuracy_matrix"], 1):
-            for tested, accuracy in enumerate(row, 1):
-                writer.writerow([run["name"], run["seed"], trained, tested, accuracy])
+        matrices = zip(run["accuracy_matrix"], run["task_accuracy_matrix"], strict=True)
+        for trained, rows in enumerate(matrices, 1):
+            for tested, accuracies in enumerate(zip(*rows, strict=True), 1):
+                writer.writerow([run["name"], run["seed"], trained, tested, *accuracies])
     return text.getvalue()

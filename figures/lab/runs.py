@@ -191,7 +191,7 @@ class Run:
 
 def with_generator(strategy) -> list:
     """Return a strategy and, if it replays with the generator of another one, that one."""
-    other = strategy.replay_plugin and strategy.replay_plugin.generator_strategy
+    other = getattr(strategy.replay_plugin, "generator_strategy", None)
     return [strategy] if other in (None, strategy) else [strategy, other]
 
 
