@@ -99,6 +99,7 @@ def without_components(solver, vae, experiences, constants):
 
     for k, (x, y) in enumerate(experiences, 1):
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
+        solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
         for losses_of, optimizer in zip((solver_losses, vae_losses), optimizers):
             past = replay(labelled=losses_of is solver_losses)
             for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):

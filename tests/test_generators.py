@@ -107,6 +107,20 @@ def test_generators_train_where_the_processor_has_bfloat16(name):
     assert all(part.isfinite().all() and part.dtype == torch.float32 for part in parameters)
 
 
+def test_with_and_without_replay_alignment():
+    stream, constants = tiny_benchmark(), CONSTANTS.changed(ITERATIONS=3)
+    kinds = {}
+    for make in (generators.make_aligned_strategy, generators.make_unaligned_strategy):
+        for components in (0, 1):
+            strategy = make(stream, constants.changed(MIXTURE_COMPONENTS=components))
+            strategy.train(stream.train_stream)
+            density = strategy.model.density
+            assert density is None or density.labels.tolist() == [1, 3, 0, 2]
+            samples = strategy.replay_plugin.sample(5, strategy.model, None)
+            kinds[make, components] = samples.z is not None
+    assert list(kinds.values()) == [True, True, False, False]
+
+
 def test_gaussians_generate_each_learned_class_equally_often():
     grey = generators.Gaussians(SHAPE, CLASSES)
     grey.means[[1, 3]] = torch.tensor([0.2, 0.4])[:, None, None, None]

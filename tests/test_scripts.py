@@ -77,6 +77,9 @@ def test_results_and_statistics(experiment):
         assert confusions.shape == (10, 10) and confusions.sum() == 360
         right, of_all = (x.reshape(5, 2).sum(1) for x in (confusions.diagonal(), confusions.sum(1)))
         assert matrix[-1] == pytest.approx(right / of_all)
+        known = np.array(record["task_accuracy_matrix"])
+        assert known.shape == (5, 5) and (known >= matrix).all() and known.max() <= 1
+        assert record["final_task_accuracy"] == pytest.approx(known[-1].mean())
         assert record["dataset"] == "digits" and record["notice"] == "" and record["seconds"] > 0
         assert record["constants"]["ITERATIONS"] == 30 and record["constants"]["DEVICE"] != "auto"
         assert record["constants"]["KL_WEIGHT"] == 0.07
@@ -92,11 +95,12 @@ def test_results_and_statistics(experiment):
         means = f"{name}, mean ± s.e. {np.mean(values):.2%} ± {error:.2%}"
         assert any(" ".join(line.split()).startswith(means) for line in table(experiment.out))
     rows = [row.split(",") for row in (experiment.folder / "metrics.csv").read_text().splitlines()]
-    assert rows[0] == ["strategy", "seed", "experience_trained", "experience_tested", "accuracy"]
-    assert len(rows) == 1 + 8 * 25
-    for name, seed, trained, tested, accuracy in rows[1:]:
-        matrix = experiment.records[name, int(seed)]["accuracy_matrix"]
-        assert float(accuracy) == matrix[int(trained) - 1][int(tested) - 1]
+    columns = "strategy", "seed", "experience_trained", "experience_tested"
+    assert rows[0] == [*columns, "accuracy", "task_accuracy"] and len(rows) == 1 + 8 * 25
+    for name, seed, trained, tested, *accuracies in rows[1:]:
+        for kind, accuracy in zip(("accuracy_matrix", "task_accuracy_matrix"), accuracies):
+            matrix = experiment.records[name, int(seed)][kind]
+            assert float(accuracy) == matrix[int(trained) - 1][int(tested) - 1]
 
 
 def test_a_seed_gives_the_same_numbers_alone_and_others_give_others(experiment, tmp_path):
@@ -182,12 +186,15 @@ def test_the_ablation_adds_components_one_by_one_and_leaves_each_out(tmp_path):
     rows = [line.split(", seed 0")[0] for line in table(done.stdout)[1:]]
     without = [f"without {name}" for name in list(COMPONENTS)[:-1]]
     assert rows == [*names, *without, "naive", "joint"]
+    replay = list((tmp_path / "results").glob("digits-replay-*"))
+    assert len(replay) == len(names + without)  # all of them differ
     found = {name: r["constants"] for (name, _), r in records(tmp_path / "results").items()}
     assert found["plain DGR"].items() >= PLAIN_DGR.items() and found[names[-1]] == found["joint"]
     steps = list(zip(names, names[1:])) + [("joint", name) for name in without]
     for before, after in steps:
         changed = {key for key, value in found[after].items() if found[before][key] != value}
-        assert changed == set(COMPONENTS[after.removeprefix("+ ").removeprefix("without ")])
+        component = COMPONENTS[after.removeprefix("+ ").removeprefix("without ")]
+        assert changed == component.keys() & found[after].keys()
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):

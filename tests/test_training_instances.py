@@ -311,12 +311,21 @@ def test_without_replay_it_is_fine_tuning(stream):
     torch.testing.assert_close(list(strategy.model.parameters()), list(solver.parameters()))
 
 
-def test_joint_training_learns_all_experiences_so_far(stream):
-    strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin()])
-    for experience in stream:
+def amount(**replay):
+    return DeepGenerativeReplayPlugin(**replay).amount
+
+
+@pytest.mark.parametrize(
+    ("replay", "sizes"),
+    [({}, [8, 16, 16, 16]), ({"replay_size": 3, "increasing_replay_size": True}, [8, 11, 14, 20])],
+)
+def test_joint_training_learns_all_experiences_so_far(stream, replay, sizes):
+    strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin(amount(**replay))])
+    for k, (experience, size) in enumerate(zip(stream, sizes), 1):
         spy.notes.clear()
         strategy.train(experience)
-        x = torch.cat([images_of(c)[0] for c in EXPERIENCES[: experience.current_experience + 1]])
+        x = torch.cat([images_of(classes)[0] for classes in EXPERIENCES[:k]])
+        assert [len(note.x) for note in spy.notes] == [len(part) for part in x.split(size)]
         learned, labels = (torch.cat([getattr(n, part) for n in spy.notes]) for part in "xy")
         assert len(learned) == len(x) == len(torch.cat([x, learned]).unique(dim=0))
         assert labels.equal(learned.flatten(1).argmax(1))
@@ -415,7 +424,7 @@ def test_the_loss_is_recorded_and_has_to_be_finite(stream):
 def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
     counts = torch.zeros(CLASSES)
     for _ in range(200):
-        plugin = ExperienceReplayPlugin(mem_size=6)
+        plugin = ExperienceReplayPlugin(6, amount())
         for experience in stream:
             plugin.after_training_exp(SimpleNamespace(experience=experience))
         x, y, *_ = plugin.stored
@@ -424,18 +433,23 @@ def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
     assert counts.min() > 110 and counts.max() < 190  # 150 on average, standard deviation 11
 
 
-def test_experience_replay_doubles_the_minibatch(stream):
-    plugin = ExperienceReplayPlugin(mem_size=6)
-    strategy, spy = make_solver(ReplayTemplate, plugins=[plugin])
-    strategy.train(stream[0])
+@pytest.mark.parametrize("ratio", [None, 0.2])
+def test_experience_replay_adds_as_many_stored_images_weighted_as_replay(stream, ratio):
+    plugin = ExperienceReplayPlugin(6, amount(replay_size=5, increasing_replay_size=True), ratio)
+    strategy, spy = make_solver(ReplayTemplate, replay_plugin=plugin)
+    strategy.train(stream[:2])
     stored = plugin.stored[0].clone()
-    strategy.train(stream[1])
-    assert [len(note.x) for note in spy.notes] == [8, 8, 4, 16, 16, 8]
-    for note in spy.notes[3:]:
-        (new, old), labels = note.x.chunk(2), note.x.flatten(1).argmax(1)
-        assert note.y.equal(labels) and set(labels[: len(new)].tolist()) <= {0, 3}
+    strategy.train(stream[2])
+    assert [note.n for note in spy.notes] == [8, 8, 4] * 3
+    assert [len(note.x) - note.n for note in spy.notes] == [0] * 3 + [5] * 3 + [10] * 3
+    for note in spy.notes[6:]:
+        labels, r = note.x.flatten(1).argmax(1), 1 / 3 if ratio is None else ratio
+        assert note.y.equal(labels) and set(labels[: note.n].tolist()) <= {7, 2}
+        old = note.x[note.n :]
         assert 1 < len(old.unique(dim=0)) and len(torch.cat([stored, old]).unique(dim=0)) == 6
-        assert note.loss == pytest.approx(cross_entropy(note.output, labels).item())
+        losses = cross_entropy(note.output, labels, reduction="none")
+        expected = r * losses[: note.n].mean() + (1 - r) * losses[note.n :].mean()
+        assert note.loss == pytest.approx(expected.item())
 
 
 def test_modules_that_act_in_training_only():
