@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
-from sklearn.mixture import GaussianMixture
+from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -117,6 +117,10 @@ class VAE(GenerativeModel):
         """Reconstruct images from the mean of q(z|x), without noise; shapes as in `forward`."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
+    def learned_classes(self) -> Tensor:
+        """Return the classes to which the density is fitted (int64), shape (n,)."""
+        return torch.empty(0) if self.density is None else self.density.labels.unique()
+
     @torch.no_grad()
     def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
         """Sample z from the density, or from the prior N(0, I) as long as nothing is fitted.
@@ -125,12 +129,14 @@ class VAE(GenerativeModel):
         :return: latents, shape (count, latent_size).
         :raises ValueError: if no density is fitted to a class of the condition.
         """
-        fitted = torch.empty(0) if self.density is None else self.density.labels
-        if condition is not None and not torch.isin(condition, fitted.to(condition)).all():
+        classes = self.learned_classes()
+        if condition is not None and not torch.isin(condition, classes.to(condition)).all():
             raise ValueError("the condition has classes to which no density is fitted")
-        if len(fitted):
-            return self.density.sample(count, condition)
-        return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
+        if not len(classes):
+            return torch.randn(count, self.latent_size, device=self.z_mean.weight.device)
+        if condition is None:
+            condition = classes[torch.randint(len(classes), (count,), device=classes.device)]
+        return self.density.sample(condition)
 
     @torch.no_grad()
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
@@ -169,28 +175,29 @@ def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class ClassConditionalGMM(nn.Module):
-    """Fit a Gaussian mixture model, full covariances, to the encodings of each class.
+    """Fit a Gaussian mixture model to the encodings of each class, with one covariance for all.
 
     A VAE's encodings don't fill the prior N(0, I): many latents sampled from it lie where the
     decoder has learned nothing, and some classes come far too rarely. A density fitted to the
     encodings after training repairs both (ex-post density estimation, Ghosh et al. 2020, arXiv
     1903.12436, section 4). Ours is per class, so that all classes are replayed equally often.
     A class that returns in a later experience adds a mixture to those that it has, and each of them
-    is sampled equally often. Each takes `bytes_per_mixture` of memory.
+    is sampled equally often.
 
-    :param components: Gaussians in a mixture.
+    :param components: Gaussians in a mixture, at most.
     :param latent_size: dimensions of the latent variable.
     """
 
     def __init__(self, components: int, latent_size: int):
         super().__init__()
-        self.bytes_per_mixture = 8 + components * (4 + 2 * latent_size + 2 * latent_size**2)
-        # One row for each mixture; half precision is precise enough, and half as large.
+        self.components = components
+        # A row for each mixture: its class, and the Cholesky factor of its covariance.
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("weights", torch.zeros(0, components))
-        self.register_buffer("means", torch.zeros(0, components, latent_size).half())
-        # Cholesky factors of the covariances.
-        self.register_buffer("scales", torch.zeros(0, components, latent_size, latent_size).half())
+        self.register_buffer("scales", torch.zeros(0, latent_size, latent_size))
+        # A row for each Gaussian: its mixture, its weight in it, and its mean.
+        self.register_buffer("mixtures", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("weights", torch.zeros(0))
+        self.register_buffer("means", torch.zeros(0, latent_size))
         self.register_load_state_dict_pre_hook(self.resize)
 
     @staticmethod
@@ -199,46 +206,60 @@ class ClassConditionalGMM(nn.Module):
         for name, old in density.named_buffers():
             setattr(density, name, old.new_empty(state[prefix + name].shape))
 
-    def fit(self, z: Tensor, y: Tensor) -> None:
-        """Fit a mixture to each class in y by expectation maximisation, beside those there are.
+    def count(self, encodings: int) -> int:
+        """Count the Gaussians for some encodings: one for five, so that none is a single image."""
+        return min(self.components, max(1, encodings // 5))
 
-        A small class gets fewer components, one for each full hundred of encodings but at least
-        one; a class of one image gets none and isn't sampled.
+    def bytes_for(self, encodings: int) -> int:
+        """Count the bytes that the mixture of some encodings takes."""
+        size = self.means.shape[1]
+        return 8 + 4 * size**2 + self.count(encodings) * (8 + 4 + 4 * size)
+
+    def fit(self, z: Tensor, y: Tensor) -> None:
+        """Fit a mixture to each class in y, beside those there are: the clusters of k-means.
+
+        The covariance is that of the encodings around the means of their clusters. A class of one
+        image gets no mixture and isn't sampled.
 
         :param z: encodings (the z_mean of images), shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
         """
         for label in y.unique():
-            encodings = z[y == label].cpu().double().numpy()
-            if len(encodings) < 2:
+            encodings = z[y == label].cpu().double()
+            if (n := len(encodings)) < 2:
                 continue
-            count = min(self.weights.shape[1], max(1, len(encodings) // 100))
-            seed = int(torch.randint(2**31, ()))
-            mixture = GaussianMixture(count, reg_covar=1e-3, max_iter=50, random_state=seed)
-            # Fifty steps are enough, converged or not, and the threads of numpy and torch get into
-            # each other's way.
+            count, seed = self.count(n), int(torch.randint(2**31, ()))
+            clusters = KMeans(count, n_init=1, max_iter=20, random_state=seed)
+            # It warns of equal images; threads of numpy and torch get into each other's way.
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
-                mixture.fit(encodings)
-            scales = torch.linalg.cholesky(torch.tensor(mixture.covariances_))
-            self.labels = torch.cat([self.labels, label[None].to(self.labels)])
-            fitted = {"weights": mixture.weights_, "means": mixture.means_, "scales": scales}
-            for name, new in fitted.items():
-                old = getattr(self, name)
-                row = old.new_zeros(1, *old.shape[1:])  # a component that is missing has weight 0
-                row[0, :count] = torch.as_tensor(new)
-                setattr(self, name, torch.cat([old, row]))
+                members = torch.from_numpy(clusters.fit_predict(encodings.numpy())).long()
+            means = torch.from_numpy(clusters.cluster_centers_)
+            around = encodings - means[members]
+            covariance = around.T @ around / (n - count) + 1e-3 * torch.eye(z.shape[1])
+            sizes = members.bincount(minlength=count)
+            kept = sizes > min(1, sizes.max() - 1)  # a mean of a single image would be that image
+            new = {
+                "labels": label[None],
+                "scales": torch.linalg.cholesky(covariance)[None],
+                "mixtures": torch.full((int(kept.sum()),), len(self.labels)),
+                "weights": sizes[kept] / sizes[kept].sum(),
+                "means": means[kept],
+            }
+            for name, old in list(self.named_buffers()):
+                setattr(self, name, torch.cat([old, new[name].to(old)]))
 
-    def sample(self, count: int, y: Tensor | None = None) -> Tensor:
-        """Sample latents: a class, a mixture of the class, a component of it, z.
+    def sample(self, y: Tensor) -> Tensor:
+        """Sample latents of given classes: a mixture of the class, a Gaussian of it, z.
 
-        :param y: class labels (int64), shape (count,); None: each fitted class equally often.
-        :return: latents, shape (count, latent_size).
+        :param y: class labels (int64), shape (n,).
+        :return: latents, shape (n, latent_size).
         """
-        if y is None:
-            classes = self.labels.unique()
-            y = classes[torch.randint(len(classes), (count,), device=classes.device)]
-        of_the_class = (self.labels == y.to(self.labels)[:, None]).float()
-        mixture = torch.multinomial(of_the_class, 1).flatten()
-        component = torch.multinomial(self.weights[mixture], 1).flatten()
-        mean, scale = (part[mixture, component].float() for part in (self.means, self.scales))
-        return mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]
+        y = y.to(self.labels)
+        z = torch.empty(len(y), self.means.shape[1], device=y.device)
+        for label in y.unique():
+            of_the_class = self.weights * (self.labels == label)[self.mixtures]
+            rows = (y == label).nonzero().flatten()
+            chosen = torch.multinomial(of_the_class, len(rows), replacement=True)
+            mean, scale = self.means[chosen], self.scales[self.mixtures[chosen]]
+            z[rows] = mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]
+        return z

@@ -51,7 +51,7 @@ INPUT_SHIFT: NonNegativeInt | None = None  # random shift of images; none: 1 if 
 INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of pixels hidden in training
 LATENT_SIZE: PositiveInt = 32  # dimensions of the latent variable z
 KL_WEIGHT: PositiveFloat = 0.07  # β, weight of the divergence; 1: the ELBO itself
-MIXTURE_COMPONENTS: NonNegativeInt = 10  # Gaussians per class; 0: z from the prior N(0, I)
+MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z from N(0, I)
 
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one

@@ -30,6 +30,9 @@ STREAMS = {
     "fashion": "--dataset fashion",
     "fashion-single": "--dataset fashion --n-experiences 10",
     "permuted": "--scenario permuted --n-experiences 10",
+    # Folders of images in DATA_DIR; figures/README.md says where they come from.
+    "letters": f"--dataset {Path(DATA_DIR, 'arabic-letters')} --n-experiences 7",
+    "omniglot": f"--dataset {Path(DATA_DIR, 'omniglot')} --n-experiences 11",
 }
 # As published: 2,000 iterations of 128 + 128 images.
 PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128}

@@ -41,9 +41,9 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
     Its mixtures of the whole stream are counted in.
     """
     size = sum(part.numel() * part.element_size() for part in generator.state_dict().values())
-    if getattr(generator, "density", None):
-        mixtures = sum(len(e.classes_in_this_experience) for e in benchmark.train_stream)
-        size += mixtures * generator.density.bytes_per_mixture
+    labels = [experience.dataset.tensors[1] for experience in benchmark.train_stream]
+    if density := getattr(generator, "density", None):
+        size += sum(density.bytes_for(n) for y in labels for n in y.bincount().tolist() if n > 1)
     shape = benchmark.train_stream[0].dataset.tensors[0].shape[1:]
     return size // math.prod(shape)
 
