@@ -57,7 +57,7 @@ def test_no_import_stands_inside_a_function(module):
 
 def test_a_constant_of_both_scripts_stands_there_in_the_same_words():
     lines = [
-        dict(re.findall(r"^([A-Z_]+)(: .*)$", MODULES[script].read_text(), re.MULTILINE))
+        dict(re.findall(r"^([A-Z0-9_]+)(: .*)$", MODULES[script].read_text(), re.MULTILINE))
         for script in ("Generator", "GenerativeReplay")
     ]
     common = lines[0].keys() & lines[1].keys()

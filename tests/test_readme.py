@@ -54,7 +54,7 @@ def test_constants_and_options_that_are_named_exist():
     options = {"--" + name.lower().replace("_", "-") for name in fields} | {"--help"}
     named = set(re.findall(r"--[a-z][a-z-]+", "\n".join(COMMANDS)))
     assert named <= options and len(named) > 10
-    for name in re.findall(r"`([A-Z][A-Z_]+)(?: = [^`]+)?`", TEXT + NOTES):
+    for name in re.findall(r"`([A-Z][A-Z0-9_]+)(?: = [^`]+)?`", TEXT + NOTES):
         assert name in fields or name in ("VAE", "OMP_NUM_THREADS"), name
 
 
