@@ -68,8 +68,10 @@ class Witness(SupervisedPlugin):
         for name in ("old_generator", "old_model") if k else ():
             if model := getattr(plugin, name):  # as it was before the experience
                 assert not any(module.training for module in model.modules())
-                states = model.state_dict().values(), self.frozen[name].values()
-                assert all(map(torch.equal, *states))
+                state, before = model.state_dict(), self.frozen[name]
+                # Avalanche has noted the new classes in the solver's head already.
+                keys = [key for key in before if not key.endswith("active_units")]
+                assert all(state[key].equal(before[key]) for key in keys)
 
     def after_training_iteration(self, strategy, **kwargs):
         n, output = self.minibatches[-1], strategy.mb_output
@@ -99,6 +101,8 @@ def test_what_holds_of_replay_in_any_stream(case):
         scholar.train(experience)
         seen |= set(y.tolist())
         assert plugin.seen_classes == sorted(seen)
+        scholar.eval(stream.test_stream)
+        assert set(scholar.model.eval()(x).argmax(1).tolist()) <= seen
         # Solver and generator have learned this experience once.
         one_pass = [len(part) for part in x.split(constants.BATCH_SIZE)]
         count = constants.ITERATIONS
@@ -106,7 +110,6 @@ def test_what_holds_of_replay_in_any_stream(case):
         assert witnesses[0].minibatches == witnesses[1].minibatches == sizes
     samples = plugin.generator.generate(5)
     assert samples.shape == (5, *shape) and 0 <= samples.min() and samples.max() <= 1
-    scholar.eval(stream.test_stream)
 
 
 # ------------------------------------------------------------------------------------------------

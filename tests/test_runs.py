@@ -16,10 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from avalanche.models import IncrementalClassifier
 from conftest import CONSTANTS, OFFLINE, ROOT, begin, run
 
+import GenerativeReplay
 from figures.ablation import PLAIN_DGR
 from figures.lab import runs
+from figures.lab.data import load_digits
 
 SMALL = {"DATASET": "digits", "HIDDEN_UNITS": 40, "LATENT_SIZE": 4, "ITERATIONS": 40}
 
@@ -241,6 +244,42 @@ def test_layers_that_do_not_fit_into_the_memory_end_the_run(tmp_path):
     done = run("GenerativeReplay.py", *options(HIDDEN_UNITS=10**12), cwd=tmp_path)
     assert done.returncode == 2 and "allocate memory" in one_line(done.stderr)
     assert done.stderr.endswith("; make the layers smaller\n")
+
+
+def experiment(folder, save=runs.Run.save, strategy="naive"):
+    """An experiment within this process; return its accuracies."""
+    small = CONSTANTS.changed(**SMALL | {"RESULTS_DIR": str(folder), "ITERATIONS": 20})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "save", save)
+        done = GenerativeReplay.experiment(strategy, small, seed=0, images=load_digits())
+    return done["accuracy_matrix"]
+
+
+def test_to_look_at_samples_changes_no_number(tmp_path, monkeypatch):
+    looked = experiment(tmp_path / "looked", strategy="replay")
+    monkeypatch.setattr(GenerativeReplay, "samples_per_class", lambda *_: torch.rand(20, 1, 28, 28))
+    assert experiment(tmp_path / "other", strategy="replay") == looked
+
+
+def test_a_head_that_grows_goes_on(tmp_path, monkeypatch):
+    make_solver = GenerativeReplay.make_solver
+
+    def growing(benchmark, constants):
+        solver = make_solver(benchmark, constants)
+        solver[-1] = IncrementalClassifier(constants.HIDDEN_UNITS)
+        return solver
+
+    def save_and_stop(run, *arguments):
+        save(run, *arguments)
+        if len(run.record["accuracy_matrix"]) == 3:
+            raise KeyboardInterrupt
+
+    save = runs.Run.save
+    monkeypatch.setattr(GenerativeReplay, "make_solver", growing)
+    whole = experiment(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tmp_path / "stopped", save_and_stop)
+    assert experiment(tmp_path / "stopped") == whole
 
 
 def test_tensorboard_leaves_curves(tmp_path):

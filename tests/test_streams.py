@@ -10,6 +10,7 @@ from PIL import Image
 
 import GenerativeReplay
 from figures.lab import data, report
+from figures.lab.runs import with_generator
 
 
 def make_folder(folder, classes=7, mode="RGB", size=(14, 20), train=12):
@@ -146,6 +147,21 @@ def test_only_images_with_a_margin_are_shifted():
         x = images.train[0][:1]
         moved = any(not torch.equal(solver[:2](x), solver[:1](x)) for _ in range(20))
         assert moved == shifted, scenario
+
+
+def test_a_new_scholar_knows_nothing_of_later_experiences():
+    def scholar(later):
+        (first, y), *_ = data.load_digits()[1:3]
+        experiences = [(first[y < 2], y[y < 2]), (later(first[y > 1]), y[y > 1])]
+        torch.manual_seed(0)
+        benchmark = data.in_memory_benchmark(experiences, experiences)
+        constants = CONSTANTS.changed(N_EXPERIENCES=2)
+        return GenerativeReplay.make_scholar(benchmark, constants)
+
+    as_it_is, inverted = scholar(lambda x: x), scholar(lambda x: 1 - x)
+    for one, other in zip(with_generator(as_it_is), with_generator(inverted)):
+        assert str(one.model) == str(other.model)  # shift, mean and standard deviation
+        assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
 
 
 def test_the_first_permutation_does_not_fade(tmp_path):
