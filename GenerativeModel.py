@@ -37,6 +37,11 @@ class GenerativeModel(nn.Module, ABC):
         """
 
 
+    def learned_classes(self) -> Tensor:
+        """Return the classes that it can be asked for (int64), shape (n,); empty: unconditional."""
+        return torch.zeros(0, dtype=torch.int64)
+
+
 class VAE(GenerativeModel):
     """Learn images with a fully connected, symmetric variational autoencoder.
 
@@ -119,7 +124,7 @@ class VAE(GenerativeModel):
 
     def learned_classes(self) -> Tensor:
         """Return the classes to which the density is fitted (int64), shape (n,)."""
-        return torch.empty(0) if self.density is None else self.density.labels.unique()
+        return self.density.labels.unique() if self.density else super().learned_classes()
 
     @torch.no_grad()
     def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:

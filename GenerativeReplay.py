@@ -38,7 +38,7 @@ STRATEGIES: Distinct[Strategy] = ("replay",)  # naive: fine-tuning; joint: all d
 
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
-REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: as many as real
+REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: BATCH_SIZE·(k-1)
 INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience after the second
 RATIO: Share | None = None  # r, weight of the current data in the loss; none: 1/k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels

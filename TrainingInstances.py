@@ -6,6 +6,7 @@ present against past. On them stand `GenerativeReplay`, the strategy that trains
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :param generator_strategy: strategy that trains the generator, with replay: it has a
         `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: the model that is
         trained is itself the generator.
-    :param replay_size: replayed samples in a minibatch; None: as many as real ones; 0: none.
+    :param replay_size: replayed samples in a minibatch; None: as many as real ones for each
+        experience learned, so that the gradient of the past gets no noisier as it gets a larger
+        weight (a generator does with as many as real ones); 0: none.
     :param increasing_replay_size: double that number at each experience after the second.
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
@@ -73,6 +76,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
+    DRAWS = 5  # of an image, at most, until the old solver sees the class that it was drawn for
     saved = ("seen_classes", "untrained_solver")  # in the state of a run
 
     def __init__(
@@ -99,13 +103,21 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def amount(self, n_real: int, experiences: int) -> int:
         """Count the replayed samples beside n real ones, after some experiences (at least one)."""
-        amount = n_real if self.replay_size is None else self.replay_size
-        return amount * 2 ** (experiences - 1) if self.increasing_replay_size else amount
+        if self.increasing_replay_size:
+            first = n_real if self.replay_size is None else self.replay_size
+            return first * 2 ** (experiences - 1)
+        if self.replay_size is None:
+            return n_real if self.model_is_generator else n_real * experiences
+        return self.replay_size
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Copy and freeze the old scholar, whatever an interrupted experience has left."""
         self.release_old_scholar()
         super().before_training_exp(strategy, **kwargs)
+        done = strategy.clock.train_exp_counter
+        if done and (amount := self.amount(strategy.train_mb_size, done)) > 4096:
+            text = f"each minibatch of experience {done + 1} replays {amount} images"
+            warnings.warn(text, stacklevel=2)
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate samples of the old scholar to the minibatch."""
@@ -126,17 +138,34 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     def sample(self, count: int, generator: GenerativeModel, solver: Module | None) -> Samples:
         """Generate images of the learned experiences, and label them.
 
+        A generator that can be asked for classes is asked for each equally often. An image in which
+        the old solver sees another class is drawn again: else classes of few images, whose density
+        is wide, are hardly replayed.
+
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
         """
-        x = generator.generate(count)
+        classes = generator.learned_classes()
+        asked = classes[torch.randint(len(classes), (count,))] if len(classes) else None
+        x = generator.generate(count, asked)
         if solver is None:
             return Samples(x, torch.zeros(count, dtype=torch.int64))
+        logits = self.logits_of_seen_classes(solver, x)
+        for _ in range(0 if asked is None else self.DRAWS - 1):
+            again = (logits.argmax(1) != asked).nonzero().flatten()
+            if not len(again):
+                break
+            x[again] = generator.generate(len(again), asked[again])
+            logits[again] = self.logits_of_seen_classes(solver, x[again])
+        y = logits.argmax(1)
+        return Samples(x, y, (logits / self.temperature).softmax(1) if self.temperature else y)
+
+    def logits_of_seen_classes(self, solver: Module, x: Tensor) -> Tensor:
+        """Compute the old solver's logits, -∞ for classes that it hasn't seen."""
         all_logits = solver(x).float()
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
-        y = logits.argmax(1)
-        return Samples(x, y, (logits / self.temperature).softmax(1) if self.temperature else y)
+        return logits
 
     @property
     def n_replayed(self) -> int:

@@ -25,6 +25,7 @@ COMPONENTS = {
     "one cycle": {"ONE_CYCLE": False, "LEARNING_RATE": 0.001},
     "bfloat16": {"BFLOAT16": False},
     "soft targets": {"TEMPERATURE": None},
+    "growing replay": {"REPLAY_SIZE": 64},
     "latent size 32": {"LATENT_SIZE": 100},
     "class-conditional density": {"MIXTURE_COMPONENTS": 0},
     "replay alignment": {"make_generator": make_unaligned_strategy},

@@ -62,12 +62,17 @@ class ConditionalVAE(VAE):
         """Return z and the one-hot class."""
         return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
 
+    def learned_classes(self) -> Tensor:
+        """Return the classes trained on (int64), shape (n,)."""
+        return self.learned.nonzero().flatten()
+
     def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
         """Sample z from the prior, and a learned class unless it is given."""
         if condition is None:
-            classes = self.learned.nonzero().flatten()
+            classes = self.learned_classes()
             condition = classes[torch.randint(len(classes), (count,), device=classes.device)]
-        return self.with_class(super().sample_latents(count), condition)
+        z = torch.randn(count, self.latent_size, device=condition.device)
+        return self.with_class(z, condition)
 
 
 class ConditionalVAETraining(VAETraining):
@@ -226,12 +231,14 @@ class Gaussians(GenerativeModel):
         self.register_buffer("means", torch.zeros(classes, *shape))
         self.register_buffer("axes", torch.zeros(classes, components, *shape))  # one σ long
 
+    def learned_classes(self) -> Tensor:
+        """Return the classes whose mean is known (int64), shape (n,)."""
+        return self.means.flatten(1).any(1).nonzero().flatten()
+
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
         """Add random multiples of the axes to the mean of each image's class."""
-        y = condition
-        if y is None:
-            learned = self.means.flatten(1).any(1).nonzero().flatten()
-            y = learned[torch.randint(len(learned), (batch_size or 1,))]
+        classes, count = self.learned_classes(), batch_size or 1
+        y = classes[torch.randint(len(classes), (count,))] if condition is None else condition
         noise = torch.randn(*self.axes[y].shape[:2], 1, 1, 1, device=y.device)
         images = (self.means[y] + (noise * self.axes[y]).sum(1)).clamp(0, 1)
         return images[0] if batch_size is None else images

@@ -30,14 +30,14 @@ def plain_dgr(solver, vae, experiences, constants):
         solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
         r = 1 / k  # weight of the current data (Shin et al. 2017, eq. 1)
 
-        step, past = one_cycle(solver, constants), replay(old_vae, size)
+        step, many = one_cycle(solver, constants), size * (k - 1)
+        past = labelled_replay(old_vae, old_solver, seen, temperature, many)
         for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
             with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
                 if k == 1:
                     loss = cross_entropy(solver(x[rows]).float(), y[rows])
                 else:
-                    old_x, _ = next(past)
-                    targets = label(old_solver, old_x, seen, temperature)
+                    old_x, targets = next(past)
                     logits = solver(torch.cat([x[rows], old_x])).float()
                     current = cross_entropy(logits[:size], y[rows])
                     old = cross_entropy(logits[size:] / temperature, targets)
@@ -74,11 +74,27 @@ def replay(vae, size):
 
 
 @torch.no_grad()
-def label(solver, x, seen, temperature):
-    """Return soft targets: the old solver's probabilities of the classes seen."""
-    logits = torch.full_like(all_logits := solver(x).float(), -torch.inf)
+def labelled_replay(vae, solver, seen, temperature, size):
+    """Yield minibatches of the past for ever: images, and the old solver's soft targets."""
+    while True:
+        y = torch.tensor(seen)[torch.randint(len(seen), (size * max(1, 2048 // size),))]
+        x = vae.generate(len(y), y)
+        logits = logits_of(solver, x, seen)
+        for _ in range(4):  # draw again what the old solver sees as another class
+            again = (logits.argmax(1) != y).nonzero().flatten()
+            if not len(again):
+                break
+            x[again] = vae.generate(len(again), y[again])
+            logits[again] = logits_of(solver, x[again], seen)
+        yield from zip(x.split(size), (logits / temperature).softmax(1).split(size))
+
+
+def logits_of(solver, x, seen):
+    """Compute the old solver's logits, -∞ for classes that it hasn't seen."""
+    all_logits = solver(x).float()
+    logits = torch.full_like(all_logits, -torch.inf)
     logits[:, seen] = all_logits[:, seen]
-    return (logits / temperature).softmax(1)
+    return logits
 
 
 def one_cycle(model, constants):

@@ -35,7 +35,7 @@ STREAMS = {
     "omniglot": f"--dataset {Path(DATA_DIR, 'omniglot')} --n-experiences 11",
 }
 # As published: 2,000 iterations of 128 + 128 images.
-PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128}
+PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "REPLAY_SIZE": 128}
 
 
 def as_options(constants: dict) -> str:
@@ -46,7 +46,7 @@ def as_options(constants: dict) -> str:
 SEEDS, TEN = "--seeds 0 1 2", "--seeds 0 1 2 3 4 5 6 7 8 9"
 WIDE = f"{STREAMS['permuted']} --hidden-units 1000"
 # As published for these layers, but for Adam's rate, which is 0.0001 there.
-LONG = f"{WIDE} --iterations 5000 --batch-size 128 --learning-rate 0.001"
+LONG = f"{WIDE} --iterations 5000 --batch-size 128 --replay-size 128 --learning-rate 0.001"
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
 PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
 RUNS = {
