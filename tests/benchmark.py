@@ -33,7 +33,7 @@ from TrainingInstances import DeepGenerativeReplayPlugin  # noqa: E402
 
 SHAPE = (1, 28, 28)
 # Plain DGR with minibatches of 128 + 128, as in van de Ven et al.
-PLAIN = {**PLAIN_DGR, "BATCH_SIZE": 128}
+PLAIN = {**PLAIN_DGR, "BATCH_SIZE": 128, "REPLAY_SIZE": 128}
 
 
 def synthetic(experiences: int, images: int, shape: tuple = SHAPE):
@@ -81,7 +81,8 @@ def without_components(solver, vae, experiences, constants):
     """Deep Generative Replay without the components of the default recipe, as `plain_dgr`."""
     size, iterations, rate = constants.BATCH_SIZE, constants.ITERATIONS, constants.LEARNING_RATE
     optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
-    seen, count = [], DeepGenerativeReplayPlugin.AHEAD // size * size
+    seen, amount = [], constants.REPLAY_SIZE
+    count = DeepGenerativeReplayPlugin.AHEAD // amount * amount
 
     @torch.no_grad()
     def replay(labelled):
@@ -89,7 +90,7 @@ def without_components(solver, vae, experiences, constants):
             x, labels = old_vae.generate(count), torch.zeros(count, dtype=torch.int64)
             if labelled:
                 labels = torch.tensor(seen)[old_solver(x)[:, seen].argmax(1)]
-            yield from zip(x.split(size), labels.split(size))
+            yield from zip(x.split(amount), labels.split(amount))
 
     def solver_losses(x, y):
         return cross_entropy(solver(x), y, reduction="none")

@@ -15,6 +15,7 @@ import TrainingInstances as instances
 from figures import generators
 from figures.generators import GENERATORS, WGAN, ConditionalVAE, critic_loss
 from figures.lab import data, report, runs
+from GenerativeModel import GenerativeModel
 from TrainingInstances import DeepGenerativeReplayPlugin
 
 SHAPE, CLASSES = (1, 4, 4), 4
@@ -105,6 +106,35 @@ def test_generators_train_where_the_processor_has_bfloat16(name):
         scholar.train(experience)
     parameters = [*scholar.model.parameters(), *scholar.replay_plugin.generator.parameters()]
     assert all(part.isfinite().all() and part.dtype == torch.float32 for part in parameters)
+
+
+class Unreliable(GenerativeModel):
+    """Generate grey images, darker ones for class 1; a 3 becomes a 1 half of the time."""
+
+    def learned_classes(self):
+        return torch.tensor([1, 3])
+
+    def generate(self, batch_size=None, condition=None):
+        wrong = torch.rand(batch_size) < 0.5
+        return (
+            (condition.masked_fill(wrong, 1) / 10)[:, None, None, None].expand(-1, *SHAPE).clone()
+        )
+
+
+def test_what_the_old_solver_sees_as_another_class_is_drawn_again():
+    def solver(x):
+        return -(10 * x[:, :, 0, 0] - torch.arange(CLASSES)).abs()
+
+    strategy = SimpleNamespace(model=Unreliable(), train=lambda experience, **kwargs: None)
+    plugin = DeepGenerativeReplayPlugin(strategy, temperature=2.0)
+    plugin.seen_classes = [1, 3]
+    torch.manual_seed(0)
+    samples = plugin.sample(4000, strategy.model, solver)
+    assert samples.y.equal((10 * samples.x[:, 0, 0, 0]).round().long())  # of the image replayed
+    expected = (solver(samples.x)[:, [1, 3]] / 2).softmax(1)
+    torch.testing.assert_close(samples.targets[:, [1, 3]], expected)
+    wrong = 2000 / 2**plugin.DRAWS
+    assert (samples.y == 1).sum() == pytest.approx(2000 + wrong, abs=120)
 
 
 def test_with_and_without_replay_alignment():

@@ -56,9 +56,10 @@ class Witness(SupervisedPlugin):
         plugin, k, n = strategy.replay_plugin, strategy.clock.train_exp_counter, strategy.n_real
         x, y, task_labels = strategy.mbatch
         self.minibatches.append(n)
-        amount = n if self.constants.REPLAY_SIZE is None else self.constants.REPLAY_SIZE
-        doublings = k - 1 if self.constants.INCREASING_REPLAY_SIZE else 0
-        assert len(x) - n == (amount * 2**doublings if k else 0)
+        amount, doubled = self.constants.REPLAY_SIZE, self.constants.INCREASING_REPLAY_SIZE
+        if amount is None:
+            amount = n if plugin.model_is_generator or doubled else n * k
+        assert len(x) - n == (amount * 2 ** (k - 1 if doubled else 0) if k else 0)
         assert len(x) == len(y) == len(task_labels)
         # The real images come first, unchanged, each with its label.
         rows = [(self.images[0] == image).flatten(1).all(1).nonzero().item() for image in x[:n]]

@@ -103,24 +103,38 @@ def parameters(scholar):
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
+GROWING = [[0, 0, 0], [8, 8, 4], [16, 16, 8], [24, 24, 12]]
+DOUBLED = [[0, 0, 0], [8, 8, 4], [16, 16, 8], [32, 32, 16]]
+
+
 @pytest.mark.parametrize(
-    ("replay", "expected"),
+    ("replay", "solver", "generator"),
     [
-        ({}, [[0, 0, 0], [8, 8, 4], [8, 8, 4], [8, 8, 4]]),
-        ({"replay_size": 5}, [[0, 0, 0], [5, 5, 5], [5, 5, 5], [5, 5, 5]]),
-        ({"increasing_replay_size": True}, [[0, 0, 0], [8, 8, 4], [16, 16, 8], [32, 32, 16]]),
-        ({"replay_size": 3, "increasing_replay_size": True}, [[0] * 3, [3] * 3, [6] * 3, [12] * 3]),
-        ({"replay_size": 0, "increasing_replay_size": True}, [[0, 0, 0]] * 4),
+        ({}, GROWING, [[0, 0, 0], [8, 8, 4], [8, 8, 4], [8, 8, 4]]),
+        ({"replay_size": 5}, *[[[0] * 3, [5] * 3, [5] * 3, [5] * 3]] * 2),
+        ({"increasing_replay_size": True}, DOUBLED, DOUBLED),
+        (
+            {"replay_size": 3, "increasing_replay_size": True},
+            *[[[0] * 3, [3] * 3, [6] * 3, [12] * 3]] * 2,
+        ),
+        ({"replay_size": 0, "increasing_replay_size": True}, *[[[0, 0, 0]] * 4] * 2),
     ],
 )
-def test_amount_of_replay_for_solver_and_generator(stream, replay, expected):
+def test_amount_of_replay_for_solver_and_generator(stream, replay, solver, generator):
     scholar, *spies = make_scholar(**replay)
     for experience in stream:
         before = scholar.replay_plugin.generator.decoder[0].weight.detach().clone()
         scholar.train(experience)  # the generator learns each experience too
         assert not torch.equal(scholar.replay_plugin.generator.decoder[0].weight, before)
-    for spy in spies:
+    for spy, expected in zip(spies, (solver, generator)):
         assert [len(note.x) - note.n for note in spy.notes] == sum(expected, [])
+
+
+def test_very_many_replayed_images_are_warned_of(stream):
+    scholar, *_ = make_scholar(replay_size=5000, iterations=1)
+    scholar.train(stream[0])
+    with pytest.warns(UserWarning, match="minibatch of experience 2 replays 5000 images"):
+        scholar.train(stream[1])
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -163,7 +177,7 @@ def test_real_images_come_first_unchanged_and_types_stay(stream, components):
 @pytest.mark.parametrize("ahead", [1, 16, 2048])
 def test_replay_comes_from_copies_frozen_before_the_experience(stream, ahead, monkeypatch):
     monkeypatch.setattr(instances.DeepGenerativeReplayPlugin, "AHEAD", ahead)
-    scholar, *spies = make_scholar()
+    scholar, *spies = make_scholar(replay_size=8)
     generator, generated = scholar.replay_plugin.generator, []
 
     class SpiedVAE(VAE):
@@ -182,11 +196,11 @@ def test_replay_comes_from_copies_frozen_before_the_experience(stream, ahead, mo
             assert model is not generator and not any(m.training for m in model.modules())
             assert all(value.equal(before[name]) for name, value in model.state_dict().items())
             assert all(parameter.grad is None for parameter in model.parameters())
-        sizes = {1: [8, 8, 4], 16: [16, 16], 2048: [2048]}[ahead]
+        sizes = {1: [8, 8, 8], 16: [16, 16], 2048: [2048]}[ahead]
         assert [len(images) for _, images in generated] == sizes * 2
         for spy, part in zip(spies, (generated[: len(sizes)], generated[len(sizes) :])):
             samples = torch.cat([images for _, images in part])  # each is replayed once, in order
-            assert torch.cat([note.x[note.n :] for note in spy.notes]).equal(samples[:20])
+            assert torch.cat([note.x[note.n :] for note in spy.notes]).equal(samples[:24])
         for strategy in runs.with_generator(scholar):
             plugin = strategy.replay_plugin
             assert plugin.old_generator is plugin.old_model is plugin.ahead is None
