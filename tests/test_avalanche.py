@@ -6,7 +6,11 @@ from io import StringIO
 import benchmark
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    nc_benchmark,
+    with_classes_timeline,
+)
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics, loss_metrics
 from avalanche.logging import TextLogger
@@ -57,7 +61,7 @@ def stock_dataset(x, y, *_):
 def test_the_same_numbers_through_avalanches_own_dataset_without_task_labels():
     ours = benchmark.synthetic(3, 40)
     datasets = [stock_dataset(*experience.dataset.tensors) for experience in ours.train_stream]
-    stock = benchmark_from_datasets(train=datasets, test=datasets)
+    stock = with_classes_timeline(benchmark_from_datasets(train=datasets, test=datasets))
     trained = []
     for streams in (ours, stock):
         torch.manual_seed(0)

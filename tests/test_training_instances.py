@@ -331,7 +331,7 @@ def amount(**replay):
 
 @pytest.mark.parametrize(
     ("replay", "sizes"),
-    [({}, [8, 16, 16, 16]), ({"replay_size": 3, "increasing_replay_size": True}, [8, 11, 14, 20])],
+    [({}, [8, 16, 24, 32]), ({"replay_size": 3, "increasing_replay_size": True}, [8, 11, 14, 20])],
 )
 def test_joint_training_learns_all_experiences_so_far(stream, replay, sizes):
     strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin(amount(**replay))])
