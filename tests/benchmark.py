@@ -1,4 +1,4 @@
-"""What Avalanche's interface costs: ratios against bare loops and against stock Avalanche.
+"""What Avalanche's interface costs: ratios against plain loops and against stock Avalanche.
 
 `python tests/benchmark.py` prints a table (`--quick`: a short one). Nothing else should run. Pairs
 are measured in turn, and medians are quoted.
@@ -16,23 +16,24 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import RandomSampler
+from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler, RandomSampler
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import DATA_DIR, all_constants  # noqa: E402
+from conftest import CONSTANTS, DATA_DIR  # noqa: E402
 
 import GenerativeReplay  # noqa: E402
-import Generator  # noqa: E402
 from figures.ablation import PLAIN_DGR  # noqa: E402
+from figures.lab.data import in_memory_benchmark, load_images, make_benchmark  # noqa: E402
+from figures.lab.runs import setup  # noqa: E402
+from figures.plain_dgr import plain_dgr  # noqa: E402
 from GenerativeModel import VAE, negative_elbo  # noqa: E402
-from TrainingInstances import DeepGenerativeReplayPlugin, in_memory_benchmark  # noqa: E402
+from TrainingInstances import DeepGenerativeReplayPlugin  # noqa: E402
 
 SHAPE = (1, 28, 28)
 # Plain DGR with minibatches of 128 + 128, as in van de Ven et al.
-PLAIN = {**PLAIN_DGR, "BATCH_SIZE": 128}
+PLAIN = {**PLAIN_DGR, "BATCH_SIZE": 128, "REPLAY_SIZE": 128}
 
 
 def synthetic(experiences: int, images: int, shape: tuple = SHAPE):
@@ -57,95 +58,63 @@ def ours(benchmark, constants):
     return scholar
 
 
-def bare(benchmark, constants):
-    """The same by hand, as fast as we can write it; return solver and generator.
+def plain_loop(benchmark, constants):
+    """The same in a plain loop; return solver and generator.
 
     The random numbers are those of the strategies, so that the weights are the same at the end.
     """
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
-    solver, vae = scholar.model, scholar.replay.generator
-    size, iterations = constants.BATCH_SIZE, constants.ITERATIONS
-    temperature, kl_weight = constants.TEMPERATURE, Generator.settled(constants).KL_WEIGHT
-    rate, aligned = constants.LEARNING_RATE, vae.density is not None
-    optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
+    solver, vae = scholar.model, scholar.replay_plugin.generator
     experiences = [experience.dataset.tensors[:2] for experience in benchmark.train_stream]
-    seen, accuracies, count = [], [], DeepGenerativeReplayPlugin.AHEAD // size * size
-
-    def minibatches(x, y):
-        torch.empty((), dtype=torch.int64).random_()  # torch's DataLoader draws a seed
-        rows = torch.tensor(list(RandomSampler(x, num_samples=iterations * size)))
-        for batch in rows.split(size):
-            yield x[batch], y[batch]
-
-    @torch.no_grad()
-    def solver_replay():
-        while True:
-            x = torch.sigmoid(old_vae.decode(old_vae.sample_decoder_input(count)))
-            all_logits = old_solver(x)
-            logits = torch.full_like(all_logits, -torch.inf)
-            logits[:, seen] = all_logits[:, seen]
-            targets = (logits / temperature).softmax(1) if temperature else logits.argmax(1)
-            yield from reversed(list(zip(x.split(size), targets.split(size))))
-
-    @torch.no_grad()
-    def vae_replay():
-        while True:
-            z = old_vae.sample_decoder_input(count)
-            x = torch.sigmoid(old_vae.decode(z))
-            yield from reversed(list(zip(x.split(size), z.split(size))))
-
-    def solver_loss(x, y):
-        if k == 1:
-            return cross_entropy(solver(x), y)
-        replayed, targets = next(samples)
-        logits = solver(torch.cat([x, replayed]))
-        old = logits[size:] / temperature if temperature else logits[size:]
-        return cross_entropy(logits[:size], y) / k + (1 - 1 / k) * cross_entropy(old, targets)
-
-    def vae_loss(x, y):
-        if k == 1:
-            return negative_elbo(x, vae(x), kl_weight).mean()
-        replayed, z = next(samples)
-        if not aligned:
-            x = torch.cat([x, replayed])
-            losses = negative_elbo(x, vae(x), kl_weight)
-            return losses[:size].mean() / k + (1 - 1 / k) * losses[size:].mean()
-        z_mean, z_log_var = vae.encode(x)
-        logits = vae.decode(torch.cat([vae.reparametrize(z_mean, z_log_var), z]))
-        current = negative_elbo(x, (logits[:size], z_mean, z_log_var), kl_weight).mean()
-        old = binary_cross_entropy_with_logits(logits[size:], replayed, reduction="sum") / size
-        return current / k + (1 - 1 / k) * old
-
-    for k, (images, labels) in enumerate(experiences, 1):  # noqa: B007  # the losses read k
-        old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
-        learners = zip((solver_loss, vae_loss), (solver_replay(), vae_replay()), optimizers)
-        for loss_of, samples, optimizer in learners:  # noqa: B007  # the losses read samples
-            if constants.ONE_CYCLE:
-                cycle = {"pct_start": 0.15, "div_factor": 10, "cycle_momentum": False}
-                schedule = OneCycleLR(optimizer, rate, total_steps=iterations + 1, **cycle)
-            with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16, cache_enabled=False):
-                for minibatch in minibatches(images, labels):
-                    loss = loss_of(*minibatch)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    if constants.ONE_CYCLE:
-                        schedule.step()
-            if constants.ONE_CYCLE:
-                optimizer.state.clear()
-        seen = sorted({*seen, *labels.unique().tolist()})
-        if vae.density:
-            torch.empty((), dtype=torch.int64).random_()
-            with torch.no_grad():
-                vae.density.fit(vae.encode(images)[0], labels)
+    loop = plain_dgr if vae.density else without_components
+    for _ in loop(solver, vae, experiences, constants):
         solver.eval()
         with torch.no_grad():
             for x, y in experiences:
-                torch.empty((), dtype=torch.int64).random_()
                 right = [solver(a).argmax(1) == b for a, b in zip(x.split(1000), y.split(1000))]
-                accuracies.append(torch.cat(right).float().mean().item())
+                torch.cat(right).float().mean().item()
         solver.train()
     return solver, vae
+
+
+def without_components(solver, vae, experiences, constants):
+    """Deep Generative Replay without the components of the default recipe, as `plain_dgr`."""
+    size, iterations, rate = constants.BATCH_SIZE, constants.ITERATIONS, constants.LEARNING_RATE
+    optimizers = [torch.optim.Adam(m.parameters(), lr=rate, fused=True) for m in (solver, vae)]
+    seen, amount = [], constants.REPLAY_SIZE
+    count = DeepGenerativeReplayPlugin.AHEAD // amount * amount
+
+    @torch.no_grad()
+    def replay(labelled):
+        while True:
+            x, labels = old_vae.generate(count), torch.zeros(count, dtype=torch.int64)
+            if labelled:
+                labels = torch.tensor(seen)[old_solver(x)[:, seen].argmax(1)]
+            yield from zip(x.split(amount), labels.split(amount))
+
+    def solver_losses(x, y):
+        return cross_entropy(solver(x), y, reduction="none")
+
+    def vae_losses(x, y):
+        return negative_elbo(x, vae(x), constants.KL_WEIGHT)
+
+    for k, (x, y) in enumerate(experiences, 1):
+        old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
+        solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
+        for losses_of, optimizer in zip((solver_losses, vae_losses), optimizers):
+            past = replay(labelled=losses_of is solver_losses)
+            for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
+                batch = x[rows], y[rows]
+                if k == 1:
+                    loss = losses_of(*batch).mean()
+                else:
+                    losses = losses_of(*map(torch.cat, zip(batch, next(past))))
+                    loss = losses[:size].mean() / k + (1 - 1 / k) * losses[size:].mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        seen = sorted({*seen, *y.unique().tolist()})
+        yield k
 
 
 def seconds(function, *arguments) -> float:
@@ -156,10 +125,10 @@ def seconds(function, *arguments) -> float:
 
 
 def overhead(repeats: int, iterations: int, **changes) -> list[float]:
-    """Our time over the bare loop's, for a whole stream of five experiences."""
-    benchmark, constants = synthetic(5, 2000), all_constants(ITERATIONS=iterations, **changes)
+    """Our time over the plain loop's, for a whole stream of five experiences."""
+    benchmark, constants = synthetic(5, 2000), CONSTANTS.changed(ITERATIONS=iterations, **changes)
     return [
-        seconds(ours, benchmark, constants) / seconds(bare, benchmark, constants)
+        seconds(ours, benchmark, constants) / seconds(plain_loop, benchmark, constants)
         for _ in range(repeats)
     ]
 
@@ -180,10 +149,10 @@ def faster_than_stock(repeats: int, **changes) -> list[float]:
             return torch.sigmoid(self.decode(torch.randn(batch_size, self.latent_size)))
 
     data = {"DATASET": "mnist", "DATA_DIR": str(DATA_DIR)}
-    constants = all_constants(ITERATIONS=1, **data, **PLAIN | changes)
-    benchmark = Generator.make_benchmark(Generator.load_images(constants), constants)
+    constants = CONSTANTS.changed(ITERATIONS=1, **data, **PLAIN | changes)
+    benchmark = make_benchmark(load_images(constants), constants)
     stream, size = benchmark.train_stream, constants.BATCH_SIZE
-    constants = constants.model_copy(update={"ITERATIONS": -(-len(stream[1].dataset) // size)})
+    constants = constants.changed(ITERATIONS=-(-len(stream[1].dataset) // size))
     scholar = GenerativeReplay.make_scholar(benchmark, constants)
     scholar.train(stream[0])
 
@@ -213,7 +182,7 @@ def faster_than_stock(repeats: int, **changes) -> list[float]:
 
 def growth(repeats: int, iterations: int) -> tuple[list[float], list[float]]:
     """Time per iteration at the 50th experience over the 2nd, and peak memory after them."""
-    constants, benchmark = all_constants(ITERATIONS=iterations, **PLAIN), synthetic(50, 1000)
+    constants, benchmark = CONSTANTS.changed(ITERATIONS=iterations, **PLAIN), synthetic(50, 1000)
     ratios, peaks = [], []
     for _ in range(repeats):
         scholar, times = GenerativeReplay.make_scholar(benchmark, constants), []
@@ -256,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, medians = arguments.quick, {}
     repeats, slow, iterations = (3, 1, 25) if quick else (7, 7, 100)
-    torch.set_flush_denormal(True)  # as in the scripts, see Generator.load_images
+    bfloat16 = {"BFLOAT16": setup(CONSTANTS.changed(BFLOAT16=None)).BFLOAT16}  # as by default
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'ratio':48} {'target':>8} {'median':>7} {'spread':>13}   n")
 
@@ -272,10 +241,9 @@ def main() -> None:
     late, memory = growth(1 if quick else 5, 4 if quick else 20)
     report("50th experience / 2nd, seconds per iteration", "<= 1.05", late)
     report("50th experience / 2nd, peak memory", "<= 1.05", memory)
-    bfloat16 = {"BFLOAT16": Generator.multiplies_bfloat16("cpu")}  # as by default
     mnist = bfloat16 | {"INPUT_SHIFT": 1}  # the random images here have no margin
-    report("default recipe, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **mnist))
-    report("plain DGR, ours / bare loop", "<= 1.05", overhead(repeats, iterations, **PLAIN))
+    report("default recipe, ours / plain loop", "<= 1.05", overhead(repeats, iterations, **mnist))
+    report("plain DGR, ours / plain loop", "<= 1.05", overhead(repeats, iterations, **PLAIN))
     report("start-up / import avalanche", "<= 1.20", start_up(slow))
     if not quick:
         report("two seeds, two at a time / one by one", "<= 0.65", two_at_a_time(5, 300))

@@ -3,8 +3,10 @@
 import importlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 
 import GenerativeReplay
 import Generator
-from figures import results
+from figures.lab.constants import read_constants, read_options, run_command
 
 ROOT = Path(__file__).parent.parent
 # No display, no network (a proxy that nobody listens on), and no MNIST from outside.
@@ -27,48 +29,63 @@ needs_mnist = pytest.mark.skipif(
     not (DATA_DIR / "MNIST" / "raw" / "train-images-idx3-ubyte").exists(),
     reason=f"MNIST is not in {DATA_DIR}; set DATA_DIR to where it is",
 )
+# The constants of the experiment, but for what depends on the machine, or on the data set.
+CONSTANTS = read_constants(GenerativeReplay).changed(
+    DEVICE="cpu", BFLOAT16=False, DATASET="digits", CLASS_ORDER=tuple(range(10))
+)
 
 # A server that has made the ten seconds of imports forks a process for each run.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["GenerativeReplay", "TrainingInstances", "figures.draw"])
+SERVER.set_forkserver_preload(["GenerativeReplay", "figures.generators", "figures.ablation"])
 
 
-def all_constants(**changes):
-    """The constants of both scripts as they stand there, with changes."""
-    arguments, sys.argv = sys.argv, ["test"]
-    constants = Generator.read_constants(Generator, GenerativeReplay)
-    sys.argv = arguments
-    fixed = {"DEVICE": "cpu", "BFLOAT16": False, "DATASET": "digits"}
-    return constants.model_copy(update=fixed | {"CLASS_ORDER": tuple(range(10))} | changes)
+def command(module, arguments):
+    """What a script ("GenerativeReplay.py") or a command ("figures.draw") does when started."""
+    sys.argv = [module, *map(str, arguments)]
+    script = importlib.import_module(module.removesuffix(".py"))
+    if not module.endswith(".py"):
+        return run_command(script.main)
+    options = read_options(script)
+    return run_command(lambda: script.main(options))
 
 
 def in_child(module, arguments, cwd, outputs):
-    """A script as its own process runs it, but for the imports."""
+    """A command as its own process runs it, but for the imports."""
     os.chdir(cwd)
     os.environ.update(OFFLINE)
     for number, output in enumerate(outputs, 1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    Generator.DATA_DIR = OFFLINE["DATA_DIR"]
+    Generator.DATA_DIR = GenerativeReplay.DATA_DIR = OFFLINE["DATA_DIR"]
     torch.set_num_threads(1)
-    sys.argv = [module, *map(str, arguments)]
     try:
-        results.run_command(importlib.import_module(module.removesuffix(".py")).main)
+        command(module, arguments)
     finally:
         threading._shutdown()  # as at the end of Python; else joblib's processes are waited for
 
 
 def begin(module, *arguments, cwd, outputs=(os.devnull, os.devnull)):
-    """Start a script ("GenerativeReplay.py") or a command ("figures.draw") in a process."""
+    """Start a command in a process."""
     process = SERVER.Process(target=in_child, args=(module, arguments, cwd, outputs))
     process.start()
     return process
 
 
 def run(module, *arguments, cwd):
-    """Run a script or a command to its end; return its code and what it printed."""
+    """Run a command to its end; return its code and what it printed."""
     with TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         process = begin(module, *arguments, cwd=cwd, outputs=outputs)
         process.join()
         stdout, stderr = (output.read_text() for output in outputs)
     return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
+
+
+def answer(script, *words, cwd):
+    """What a script that is really started answers, and within how many seconds at best."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        call = [sys.executable, ROOT / script, *words]
+        done = subprocess.run(call, cwd=cwd, capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+    return done, min(times)

@@ -1,22 +1,28 @@
-"""The strategies beside a bare loop, and beside what else there is in Avalanche."""
+"""The strategies beside a plain loop, and beside what else there is in Avalanche."""
 
+import re
 from io import StringIO
 
 import benchmark
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    nc_benchmark,
+    with_classes_timeline,
+)
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics, loss_metrics
 from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, LwFPlugin
-from conftest import DATA_DIR, all_constants, needs_mnist
+from conftest import CONSTANTS, DATA_DIR, needs_mnist, run
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
 import GenerativeReplay
 import TrainingInstances
+from figures.lab.data import load_in_memory
 
 SMALL = {"HIDDEN_UNITS": 16, "ITERATIONS": 6, "BATCH_SIZE": 16}
 
@@ -25,17 +31,27 @@ def parameters(*models):
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
-@pytest.mark.parametrize(
-    "changes", [benchmark.PLAIN, {}, {"TEMPERATURE": None}, {"BFLOAT16": True}]
-)
-def test_the_same_numbers_as_a_bare_loop(changes):
-    stream, constants = benchmark.synthetic(3, 40), all_constants(**changes | SMALL)
+@pytest.mark.parametrize("changes", [{"INPUT_SHIFT": 1}, {"BFLOAT16": True}, benchmark.PLAIN])
+def test_the_same_weights_as_from_a_plain_loop(changes):
+    stream, constants = benchmark.synthetic(3, 40), CONSTANTS.changed(**changes | SMALL)
     torch.manual_seed(0)
     scholar = benchmark.ours(stream, constants)
     torch.manual_seed(0)
-    models = benchmark.bare(stream, constants)
-    ours = scholar.model, scholar.replay.generator
+    models = benchmark.plain_loop(stream, constants)
+    ours = scholar.model, scholar.replay_plugin.generator
     torch.testing.assert_close(parameters(*ours), parameters(*models))
+
+
+def test_the_plain_loop_is_a_command(tmp_path):
+    words = "--iterations", 60, "--seeds", 3
+    plain = run("figures.plain_dgr", *words, cwd=tmp_path)
+    assert plain.returncode == 0 and plain.stderr == ""
+    ours = run("GenerativeReplay.py", "--dataset", "digits", *words, cwd=tmp_path)
+    accuracies = [
+        [float(number) for number in re.findall(r"experience .*?(\d+\.\d+)%", done.stdout)]
+        for done in (plain, ours)
+    ]
+    assert len(accuracies[0]) == 5 and accuracies[0] == pytest.approx(accuracies[1], abs=1)
 
 
 def stock_dataset(x, y, *_):
@@ -45,21 +61,21 @@ def stock_dataset(x, y, *_):
 def test_the_same_numbers_through_avalanches_own_dataset_without_task_labels():
     ours = benchmark.synthetic(3, 40)
     datasets = [stock_dataset(*experience.dataset.tensors) for experience in ours.train_stream]
-    stock = benchmark_from_datasets(train=datasets, test=datasets)
+    stock = with_classes_timeline(benchmark_from_datasets(train=datasets, test=datasets))
     trained = []
     for streams in (ours, stock):
         torch.manual_seed(0)
-        scholar = GenerativeReplay.make_scholar(ours, all_constants(**SMALL))
+        scholar = GenerativeReplay.make_scholar(ours, CONSTANTS.changed(**SMALL))
         for experience in streams.train_stream:
             scholar.train(experience)
             scholar.eval(streams.test_stream)
-        trained.append(parameters(scholar.model, scholar.replay.generator))
+        trained.append(parameters(scholar.model, scholar.replay_plugin.generator))
     torch.testing.assert_close(*trained)
 
 
 def train_with(*plugins):
     """Return the solver's parameters, the log and the last results beside Avalanche's extras."""
-    stream, constants, log = benchmark.synthetic(3, 40), all_constants(**SMALL), StringIO()
+    stream, constants, log = benchmark.synthetic(3, 40), CONSTANTS.changed(**SMALL), StringIO()
     metrics = (
         accuracy_metrics(epoch=True, stream=True),
         loss_metrics(minibatch=True),
@@ -67,10 +83,11 @@ def train_with(*plugins):
     )
     torch.manual_seed(0)
     template = GenerativeReplay.make_scholar(stream, constants)
+    generator_strategy = template.replay_plugin.generator_strategy
     scholar = TrainingInstances.GenerativeReplay(
         model=template.model,
         optimizer=template.optimizer,
-        replay=TrainingInstances.DeepGenerativeReplayPlugin(template.replay.generator_strategy),
+        replay_plugin=TrainingInstances.DeepGenerativeReplayPlugin(generator_strategy),
         train_mb_size=16,
         plugins=plugins,
         evaluator=EvaluationPlugin(*metrics, loggers=[TextLogger(log)]),
@@ -123,18 +140,18 @@ def stock_benchmark(*transforms):
 
 def test_any_benchmark_in_memory():
     stock = stock_benchmark(Lambda(lambda x: x + torch.rand(1) / 9))
-    ours = TrainingInstances.load_in_memory(stock)
+    ours = load_in_memory(stock)
     x, y, t = ours.train_stream[1].dataset.tensors
     assert x.shape == (12, 1, 8, 8) and sorted(y.tolist()) == [0] * 6 + [2] * 6
     assert t.tolist() == [0] * 12 and stock.train_stream[1].task_label == 1
     noise = (x.flatten(1) - 40 * y[:, None] / 255).mean(1)
     assert noise.min() >= -1e-6 and len(noise.unique()) == 12  # drawn for each image, once
-    scholar = GenerativeReplay.make_scholar(ours, all_constants(**SMALL))
+    scholar = GenerativeReplay.make_scholar(ours, CONSTANTS.changed(**SMALL))
     for experience in ours.train_stream:
         scholar.train(experience)
-    assert scholar.replay.seen_classes == [0, 1, 2, 3]
+    assert scholar.replay_plugin.seen_classes == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="leave Normalize out"):
-        TrainingInstances.load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
+        load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
 
 
 @needs_mnist
@@ -143,8 +160,8 @@ def test_a_stock_benchmark_with_transforms():
     from torchvision.transforms import RandomRotation
 
     stream = SplitMNIST(5, dataset_root=DATA_DIR, train_transform=RandomRotation(5)).train_stream
-    constants = all_constants(MIXTURE_COMPONENTS=0, **SMALL)
+    constants = CONSTANTS.changed(MIXTURE_COMPONENTS=0, **SMALL)
     scholar = GenerativeReplay.make_scholar(benchmark.synthetic(5, 10), constants)
     scholar.train(stream[:2])
     seen = {*stream[0].classes_in_this_experience, *stream[1].classes_in_this_experience}
-    assert set(scholar.replay.seen_classes) == seen
+    assert set(scholar.replay_plugin.seen_classes) == seen

@@ -53,16 +53,6 @@ def test_the_encoder_sees_normalized_images(vae):
     torch.testing.assert_close(normalized.encode(x), vae.encode(2 * x - 1))
 
 
-def test_replayed_latents_are_decoded_as_they_are_and_cost_no_divergence(vae):
-    x, z, targets = torch.rand(5, *SHAPE), torch.randn(3, 4), torch.rand(8, *SHAPE)
-    output = vae(x, replayed=z)
-    assert [len(part) for part in output] == [8, 8, 8]
-    torch.testing.assert_close(output[0][5:], vae.decode(z))
-    torch.testing.assert_close(output[1][:5], vae.encode(x)[0])
-    log_likelihood = Bernoulli(logits=output[0][5:], validate_args=False).log_prob(targets[5:])
-    torch.testing.assert_close(negative_elbo(targets, output)[5:], -log_likelihood.sum((1, 2, 3)))
-
-
 def test_training_lowers_the_loss_and_samples_resemble_the_data(vae):
     x, losses = torch.zeros(32, *SHAPE), []
     x[:, :, 2] = 1  # one bright line
@@ -93,7 +83,6 @@ def test_generate_in_evaluation_mode_and_without_gradient_whatever_the_mode(vae,
 
 
 def test_a_vae_without_density_is_unconditional(vae):
-    assert vae.learned_classes() is None
     with pytest.raises(ValueError, match="no density"):
         vae.generate(2, condition=torch.zeros(2, dtype=torch.int64))
 
@@ -122,7 +111,7 @@ def two_classes(count=4000):
 
 def test_samples_have_mean_covariance_and_clusters_of_the_encodings():
     z, y = two_classes()
-    density = ClassConditionalGMM(components=2, latent_size=3)
+    density = ClassConditionalGMM(components=10, latent_size=3)
     density.fit(z, y)
     for label in (1, 3):
         encodings, samples = z[y == label], density.sample(torch.full((20000,), label))
@@ -132,22 +121,30 @@ def test_samples_have_mean_covariance_and_clusters_of_the_encodings():
         assert lower[0] == pytest.approx(lower[1], abs=0.02)
 
 
-def test_small_classes_get_fewer_components_and_a_single_image_none():
+def test_small_classes_get_fewer_gaussians_and_a_single_image_none():
     density = ClassConditionalGMM(components=10, latent_size=2)
-    y = torch.tensor([0] * 40 + [1] * 300 + [2])
-    density.fit(torch.randn(341, 2), y)
-    assert density.labels.tolist() == [0, 1] and (density.weights > 0).sum(1).tolist() == [1, 3]
+    y = torch.tensor([0] * 4 + [1] * 15 + [2] * 300 + [3])
+    density.fit(torch.randn(len(y), 2), y)
+    assert density.labels.tolist() == [0, 1, 2]
+    assert density.mixtures.bincount().tolist() == [1, 3, 10]
+
+
+def test_no_gaussian_has_the_encoding_of_a_single_image_as_its_mean():
+    density, z = ClassConditionalGMM(components=2, latent_size=2), torch.randn(50, 2)
+    z[7] = 99  # far from all others: k-means makes it a cluster of its own
+    density.fit(z, torch.zeros(50, dtype=torch.int64))
+    assert len(density.means) == 1 and density.means.abs().max() < 1
 
 
 def test_each_visit_of_a_class_keeps_its_share_and_takes_the_memory_that_is_said():
-    density, other = ClassConditionalGMM(2, latent_size=2), torch.full((1000,), 5)
+    density, sizes = ClassConditionalGMM(2, latent_size=2), 0
     for visit, count in enumerate((1000, 300, 3000)):
         y = torch.zeros(count, dtype=torch.int64)
         density.fit(torch.randn(count, 2) + 20 * visit, y)
         state = density.state_dict().values()
-        size = sum(part.numel() * part.element_size() for part in state)
-        assert size == (visit + 1) * density.bytes_per_mixture
-    density.fit(torch.randn(1000, 2) - 99, other)
+        sizes += density.bytes_for(count)
+        assert sizes == sum(part.numel() * part.element_size() for part in state)
+    density.fit(torch.randn(1000, 2) - 99, torch.full((1000,), 5))
     z = density.sample(torch.zeros(30000, dtype=torch.int64))
     shares = (z.mean(1) / 20).round().long().bincount(minlength=3) / len(z)
     torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.015, rtol=0)
@@ -157,13 +154,12 @@ def test_a_vae_generates_from_its_density_and_its_state_holds_it():
     vaes = [VAE(SHAPE, 16, 3, ClassConditionalGMM(2, 3)) for _ in range(2)]
     assert vaes[0].learned_classes().tolist() == []
     torch.testing.assert_close(
-        vaes[0].sample_decoder_input(20000).T.cov(), torch.eye(3), atol=0.05, rtol=0
+        vaes[0].sample_latents(20000).T.cov(), torch.eye(3), atol=0.05, rtol=0
     )  # the prior, until something is fitted
     vaes[0].density.fit(*two_classes())
     vaes[1].load_state_dict(vaes[0].state_dict())
     assert vaes[1].learned_classes().tolist() == [1, 3]
-    assert vaes[1].sample_labels(1000).bincount(minlength=5)[[1, 3]].min() > 400
-    z = vaes[1].sample_decoder_input(2000)  # class 3 lies at z[1] = 3
+    z = vaes[1].sample_latents(2000)  # class 3 lies at z[1] = 3
     assert 900 < ((z - torch.tensor([0.0, 3.0, -1.0])).norm(dim=1) < 3.2).sum() < 1300
     condition, images = torch.full((7,), 3), []
     for model in vaes:
@@ -174,3 +170,11 @@ def test_a_vae_generates_from_its_density_and_its_state_holds_it():
     torch.manual_seed(1)
     z = vaes[0].density.sample(condition)
     torch.testing.assert_close(images, [torch.sigmoid(vaes[0].decode(z))] * 2)
+
+
+def test_each_class_is_sampled_equally_often_however_often_it_has_come():
+    vae = VAE(SHAPE, 16, 2, ClassConditionalGMM(1, 2))
+    for label, count in ((4, 500), (2, 20), (4, 500)):
+        vae.density.fit(torch.randn(count, 2) + 20 * label, torch.full((count,), label))
+    labels = (vae.sample_latents(4000).mean(1) / 20).round().long()
+    assert labels.bincount(minlength=5).tolist() == pytest.approx([0, 0, 2000, 0, 2000], abs=120)

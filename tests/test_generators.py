@@ -1,4 +1,4 @@
-"""Every generator: those of GENERATOR, one that a user adds, and how good their samples are."""
+"""Every generator: the worked examples, one that a user adds, and how good their samples are."""
 
 import copy
 from pathlib import Path
@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import all_constants
+from conftest import CONSTANTS
 from torch import nn
 from torch.nn.functional import one_hot
 
 import GenerativeReplay
-import Generator
 import TrainingInstances as instances
-from figures import generators, results
-from GenerativeModel import WGAN, ConditionalVAE, critic_loss
-from TrainingInstances import DeepGenerativeReplayPlugin, in_memory_benchmark
+from figures import generators
+from figures.generators import GENERATORS, WGAN, ConditionalVAE, critic_loss
+from figures.lab import data, report, runs
+from GenerativeModel import GenerativeModel
+from TrainingInstances import DeepGenerativeReplayPlugin
 
 SHAPE, CLASSES = (1, 4, 4), 4
 
@@ -28,7 +29,7 @@ def bright_pixels(labels):
 
 def tiny_benchmark():
     torch.manual_seed(0)
-    return in_memory_benchmark(*[[bright_pixels(labels) for labels in ((1, 3), (0, 2))]] * 2)
+    return data.in_memory_benchmark(*[[bright_pixels(labels) for labels in ((1, 3), (0, 2))]] * 2)
 
 
 def train(strategy, model, stream, rate=0.001, **settings):
@@ -37,34 +38,33 @@ def train(strategy, model, stream, rate=0.001, **settings):
 
 
 def digits(**changes):
-    constants = all_constants(CLASS_ORDER=tuple(range(10)), **changes)
-    return Generator.make_benchmark(Generator.load_digits(), constants), constants
+    constants = CONSTANTS.changed(**changes)
+    return data.make_benchmark(data.load_digits(), constants), constants
 
 
-BY_GENERATOR = {"REPLAY_LABELS": "generator", "TEMPERATURE": None}
+def make_scholar(name, stream, constants):
+    return GenerativeReplay.make_scholar(stream, constants, make_generator=GENERATORS[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "labels"),
-    [("vae", {}), ("vae", BY_GENERATOR), ("cvae", {}), ("cvae", BY_GENERATOR), ("wgan-gp", {})],
-)
-def test_every_generator_through_the_whole_stream(name, labels):
+@pytest.mark.parametrize("name", ["vae", "cvae", "wgan-gp"])
+def test_every_generator_through_the_whole_stream(name):
     torch.manual_seed(0)
-    stream, constants = digits(ITERATIONS=3, GENERATOR=name, **labels)
-    scholar = GenerativeReplay.make_scholar(stream, constants)
-    model, strategy = scholar.replay.generator, scholar.replay.generator_strategy
+    stream, constants = digits(ITERATIONS=3)
+    scholar = make_scholar(name, stream, constants)
+    strategy, model = scholar.replay_plugin.generator_strategy, scholar.replay_plugin.generator
     for number, experience in enumerate(stream.train_stream, 1):
         before = copy.deepcopy(list(model.parameters()))
         scholar.train(experience)
         assert all(p.isfinite().all() for p in model.parameters())
         assert not all(map(torch.equal, model.parameters(), before))
-        if name != "wgan-gp":
-            assert model.learned_classes().tolist() == list(range(2 * number))
+        learned = {"vae": lambda: model.density.labels, "cvae": lambda: model.learned.nonzero()}
+        if name in learned:
+            assert learned[name]().flatten().tolist() == list(range(2 * number))
     assert strategy.eval(stream.test_stream)  # the mean loss of its images
     samples = model.generate(7)
     assert samples.shape == (7, 1, 28, 28) and model.generate().shape == (1, 28, 28)
     assert samples.min() >= 0 and samples.max() <= 1 and not samples.requires_grad
-    other = GenerativeReplay.make_scholar(stream, constants).replay.generator
+    other = make_scholar(name, stream, constants).replay_plugin.generator
     other.load_state_dict(model.state_dict())  # all that it has learned
     torch.manual_seed(1)
     samples = model.generate(5)
@@ -72,22 +72,21 @@ def test_every_generator_through_the_whole_stream(name, labels):
     assert samples.equal(other.generate(5))
 
 
-def test_what_suits_each_generator_unless_told_otherwise():
-    def settings(**changes):
-        constants = all_constants(ITERATIONS=10, **changes)
-        strategy = Generator.make_generator_strategy(tiny_benchmark(), constants)
-        adam = strategy.optimizer.defaults
+def test_what_suits_each_generator():
+    def settings(name, **changes):
+        strategy = GENERATORS[name](tiny_benchmark(), CONSTANTS.changed(**changes))
+        (adam,) = strategy.optimizer.param_groups
         return adam["lr"], adam["betas"], strategy.iterations, strategy.train_mb_size
 
-    assert settings(GENERATOR="vae") == settings(GENERATOR="cvae") == (0.003, (0.9, 0.999), 10, 64)
-    assert settings(GENERATOR="wgan-gp") == (0.003, (0.5, 0.9), 50, 64)
-    told = {"GENERATOR_LEARNING_RATE": 0.1, "GENERATOR_ITERATIONS": 3, "BATCH_SIZE": 5}
-    assert settings(GENERATOR="wgan-gp", **told) == (0.1, (0.5, 0.9), 3, 5)
+    told = {"ITERATIONS": 10, "LEARNING_RATE": 0.1, "BATCH_SIZE": 5}
+    for name in ("vae", "cvae"):
+        assert settings(name, **told) == (0.1, (0.9, 0.999), 10, 5)
+    assert settings("wgan-gp", **told) == (0.1, (0.5, 0.9), 50, 5)
 
 
 def test_the_memory_does_not_grow_with_the_iterations():
-    stream, constants = digits(ITERATIONS=120, GENERATOR="wgan-gp")
-    strategy = Generator.make_generator_strategy(stream, constants)
+    stream, constants = digits(ITERATIONS=120)
+    strategy = generators.make_wgan_strategy(stream, constants)
     pages = []
 
     class Watch:
@@ -99,66 +98,104 @@ def test_the_memory_does_not_grow_with_the_iterations():
     assert len(pages) == 600 and (pages[-1] - pages[100]) * 4096 < 50e6
 
 
-@pytest.mark.parametrize("generator", ["vae", "cvae", "wgan-gp"])
-def test_generators_train_where_the_processor_has_bfloat16(generator):
-    constants = all_constants(GENERATOR=generator, BFLOAT16=True, ITERATIONS=6)
+@pytest.mark.parametrize("name", ["vae", "cvae", "wgan-gp"])
+def test_generators_train_where_the_processor_has_bfloat16(name):
     stream = tiny_benchmark()
-    scholar = GenerativeReplay.make_scholar(stream, constants)
+    scholar = make_scholar(name, stream, CONSTANTS.changed(BFLOAT16=True, ITERATIONS=6))
     for experience in stream.train_stream:
         scholar.train(experience)
-    parameters = [*scholar.model.parameters(), *scholar.replay.generator.parameters()]
+    parameters = [*scholar.model.parameters(), *scholar.replay_plugin.generator.parameters()]
     assert all(part.isfinite().all() and part.dtype == torch.float32 for part in parameters)
 
 
-def untrained(model):
-    return SimpleNamespace(model=model, train=lambda experience, **kwargs: None)
+class Unreliable(GenerativeModel):
+    """Generate grey images, darker ones for class 1; a 3 becomes a 1 half of the time."""
+
+    def learned_classes(self):
+        return torch.tensor([1, 3])
+
+    def generate(self, batch_size=None, condition=None):
+        wrong = torch.rand(batch_size) < 0.5
+        return (
+            (condition.masked_fill(wrong, 1) / 10)[:, None, None, None].expand(-1, *SHAPE).clone()
+        )
 
 
-def test_a_generator_labels_what_it_generates_each_class_equally_often():
+def test_what_the_old_solver_sees_as_another_class_is_drawn_again():
+    def solver(x):
+        return -(10 * x[:, :, 0, 0] - torch.arange(CLASSES)).abs()
+
+    strategy = SimpleNamespace(model=Unreliable(), train=lambda experience, **kwargs: None)
+    plugin = DeepGenerativeReplayPlugin(strategy, temperature=2.0)
+    plugin.seen_classes = [1, 3]
+    torch.manual_seed(0)
+    samples = plugin.sample(4000, strategy.model, solver)
+    assert samples.y.equal((10 * samples.x[:, 0, 0, 0]).round().long())  # of the image replayed
+    expected = (solver(samples.x)[:, [1, 3]] / 2).softmax(1)
+    torch.testing.assert_close(samples.targets[:, [1, 3]], expected)
+    wrong = 2000 / 2**plugin.DRAWS
+    assert (samples.y == 1).sum() == pytest.approx(2000 + wrong, abs=120)
+
+
+def test_with_and_without_replay_alignment():
+    stream, constants = tiny_benchmark(), CONSTANTS.changed(ITERATIONS=3)
+    kinds = {}
+    for make in (generators.make_aligned_strategy, generators.make_unaligned_strategy):
+        for components in (0, 1):
+            strategy = make(stream, constants.changed(MIXTURE_COMPONENTS=components))
+            strategy.train(stream.train_stream)
+            density = strategy.model.density
+            assert density is None or density.labels.tolist() == [1, 3, 0, 2]
+            samples = strategy.replay_plugin.sample(5, strategy.model, None)
+            kinds[make, components] = samples.z is not None
+    assert list(kinds.values()) == [True, True, False, False]
+
+
+def test_gaussians_generate_each_learned_class_equally_often():
     grey = generators.Gaussians(SHAPE, CLASSES)
     grey.means[[1, 3]] = torch.tensor([0.2, 0.4])[:, None, None, None]
-    replay = DeepGenerativeReplayPlugin(untrained(grey), replay_labels="generator")
-    x, y, *_ = replay.sample(2000, grey, solver=None)
-    torch.testing.assert_close(x[:, 0, 0, 0], (y + 1) / 10)
+    y = (10 * grey.generate(2000)[:, 0, 0, 0] - 1).round().long()
     assert y.bincount().tolist() == pytest.approx([0, 1000, 0, 1000], abs=100)
-    with pytest.raises(ValueError, match="TEMPERATURE"):
-        DeepGenerativeReplayPlugin(untrained(grey), temperature=2.0, replay_labels="generator")
 
 
 def test_a_generator_that_does_not_fit():
+    strategy = SimpleNamespace(model=nn.Identity(), train=lambda experience, **kwargs: None)
     with pytest.raises(TypeError, match="Identity has to be a subclass of GenerativeModel"):
-        DeepGenerativeReplayPlugin(untrained(nn.Identity()))
-    with pytest.raises(TypeError, match="WGAN is unconditional"):
-        DeepGenerativeReplayPlugin(untrained(WGAN(SHAPE)), replay_labels="generator")
+        DeepGenerativeReplayPlugin(strategy)
+    with pytest.raises(ValueError, match="WGAN is unconditional"):
+        WGAN(SHAPE).generate(2, torch.tensor([0, 1]))
 
 
-def test_the_worked_example_trains_a_scholar_and_survives_an_interruption(monkeypatch):
-    strategies = [generators.GaussiansTraining((1, 28, 28), 10) for _ in range(2)]
-    monkeypatch.setattr(Generator, "make_generator_strategy", lambda *_, **__: strategies.pop())
+def test_a_scholar_with_another_generator_learns_and_survives_an_interruption():
     benchmark, constants = digits(ITERATIONS=120)
     torch.manual_seed(0)
-    scholar, resumed = (GenerativeReplay.make_scholar(benchmark, constants) for _ in range(2))
+    scholar, resumed = (make_scholar("gaussians", benchmark, constants) for _ in range(2))
+    assert isinstance(scholar.replay_plugin.generator, generators.Gaussians)
     for experience in benchmark.train_stream[:4]:
         scholar.train(experience)
-    for old, new in zip(*map(results.with_generator, (scholar, resumed))):
-        results.load_strategy_state(new, copy.deepcopy(results.strategy_state(old)))
+    states = [runs.strategy_state(part) for part in runs.with_generator(scholar)]
+    random = [torch.get_rng_state()]
+    runs.load_state(resumed, copy.deepcopy({"strategies": states, "random": random}))
     rows = []
     for each in (scholar, resumed):
-        torch.manual_seed(0)
+        torch.set_rng_state(*random)
         each.train(benchmark.train_stream[4])
-        rows.append(Generator.metric_row(each.eval(benchmark.test_stream), "Top1_Acc_Exp"))
+        rows.append(report.by_experience(each.eval(benchmark.test_stream), "Top1_Acc_Exp"))
     assert rows[0] == rows[1] and sum(rows[0]) / 5 > 0.8
 
 
 def test_a_conditional_vae_generates_the_class_that_it_is_asked_for():
     torch.manual_seed(0)
     cvae = ConditionalVAE(SHAPE, CLASSES, hidden_units=32, latent_size=2)
-    train(instances.VAETraining, cvae, tiny_benchmark().train_stream, rate=0.01, iterations=200)
+    settings = {"replay_plugin": instances.ReplayAlignmentPlugin(), "iterations": 200}
+    stream = tiny_benchmark().train_stream
+    train(generators.ConditionalVAETraining, cvae, stream, rate=0.01, kl_weight=1.0, **settings)
     y = torch.arange(CLASSES).repeat(100)  # those of the first experience too
     assert (cvae.generate(len(y), y).flatten(1).argmax(1) == y).float().mean() > 0.95
     assert cvae.generate(4000).flatten(1).argmax(1).bincount(minlength=CLASSES).min() > 900
     x, y = bright_pixels((0, 1, 2, 3))
-    assert cvae.reconstruct(x, y).flatten(1).argmax(1).equal(y)
+    z = cvae.with_class(cvae.encode(x)[0], y)
+    assert cvae.decode(z).flatten(1).argmax(1).equal(y)
 
 
 def test_the_loss_of_the_critic_by_hand():
@@ -172,7 +209,7 @@ def test_the_loss_of_the_critic_by_hand():
     between = x.lerp(generated, torch.rand(6, 1, 1, 1))
     real, fake, norm = (images.flatten(1).norm(dim=1) for images in (x, generated, between))
     torch.testing.assert_close(output, (0.35 * real**2, 0.35 * fake**2, 0.7 * norm))
-    loss = critic_loss(x, output, penalty=3.0)
+    loss = critic_loss(output, penalty=3.0)
     torch.testing.assert_close(loss, 0.35 * (fake**2 - real**2) + 3 * (0.7 * norm - 1) ** 2)
     loss.mean().backward()
     gradient = (fake**2 - real**2) / 2 + 6 * (0.7 * norm - 1) * norm
@@ -182,16 +219,16 @@ def test_the_loss_of_the_critic_by_hand():
 
 def test_critic_and_generator_alternate_as_with_two_optimizers_by_hand():
     x, ours = torch.rand(1, *SHAPE).expand(10, -1, -1, -1), WGAN(SHAPE, 8, 2)
-    wgan, data = copy.deepcopy(ours), [(x, torch.arange(10))]
+    wgan, experiences = copy.deepcopy(ours), [(x, torch.arange(10))]
     torch.manual_seed(1)
-    stream = in_memory_benchmark(data, data).train_stream
-    train(instances.WGANTraining, ours, stream, n_critic=3, iterations=8)
+    stream = data.in_memory_benchmark(experiences, experiences).train_stream
+    train(generators.WGANTraining, ours, stream, n_critic=3, iterations=8)
     torch.manual_seed(1)
     torch.empty(2, dtype=torch.int64).random_()  # seeds of the data loader and of its sampler
     critic, generator = (torch.optim.Adam(p.parameters()) for p in (wgan.critic, wgan.generator))
     for i in range(1, 9):
         critic.zero_grad()
-        critic_loss(x, wgan(x)).mean().backward()
+        critic_loss(wgan(x)).mean().backward()
         critic.step()
         if i in (3, 6):
             generator.zero_grad()
@@ -209,13 +246,13 @@ def test_precision_and_recall_by_hand():
 
 
 def test_quality_of_obvious_samples():
-    (x, y), (real, _) = Generator.load_digits()[1:3]
+    (x, y), (real, _) = data.load_digits()[1:3]
     classifier = generators.train_classifier(x, y)
 
     def quality(x, y):
         samples = instances.Samples(x[:360], y[:360])
-        replay = SimpleNamespace(generator=None, sample=lambda *_: samples)
-        scholar = SimpleNamespace(replay=replay, model=nn.Identity())
+        plugin = SimpleNamespace(generator=None, sample=lambda *_: samples)
+        scholar = SimpleNamespace(replay_plugin=plugin, model=nn.Identity())
         values = generators.sample_quality(scholar, classifier, real)
         return [values[kind] for kind in ("label_accuracy", "precision", "recall")]
 

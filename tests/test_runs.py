@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import signal
@@ -17,10 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, all_constants, begin, run
+from avalanche.models import IncrementalClassifier
+from conftest import CONSTANTS, OFFLINE, ROOT, begin, run
 
-from figures import results
+import GenerativeReplay
 from figures.ablation import PLAIN_DGR
+from figures.lab import runs
+from figures.lab.data import load_digits
 
 SMALL = {"DATASET": "digits", "HIDDEN_UNITS": 40, "LATENT_SIZE": 4, "ITERATIONS": 40}
 
@@ -85,7 +87,7 @@ def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(script, change
     killed.kill()
     killed.join()
     assert not list(state.parent.glob("*.json"))  # it wasn't finished
-    (state.parent / ".1-samples.npz").write_bytes(b"half")  # as if killed while it wrote this
+    (state.parent / ".1-arrays.npz").write_bytes(b"half")  # as if killed while it wrote this
     again = run(script, *words, "--results-dir", "killed", cwd=tmp_path)
     assert whole.returncode == again.returncode == 0 and whole.stderr == again.stderr == ""
     assert "experience 1/5" in whole.stdout
@@ -115,7 +117,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
         for path in (tmp_path / "killed").rglob("[!.]*.json"):
             json.loads(path.read_text())
         for path in (tmp_path / "killed").rglob("state.pt"):
-            results.read_state(path)
+            runs.read_state(path)
     done = run("GenerativeReplay.py", *words, "--results-dir", "killed", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     found = numbers(tmp_path / "killed")
@@ -157,7 +159,7 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
     state = wait_for_state(tmp_path)
     (state.parent / "results.json").unlink()  # as if it had been killed before its end
-    good, saved, foreign = state.read_bytes(), results.read_state(state), tmp_path / "foreign"
+    good, saved, foreign = state.read_bytes(), runs.read_state(state), tmp_path / "foreign"
     torch.save(saved | {"run": saved["run"][:-1] + "1"}, foreign)
     bad = [good[: len(good) // 2], b"", pickle.dumps(Trap()), b"<!DOCTYPE html>"]
     for content in [*bad, foreign.read_bytes()]:
@@ -182,7 +184,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     full.join()
     assert full.exitcode == 2 and "state.pt" in one_line(files[1].read_text())
     assert not list(tmp_path.rglob(".*"))  # temporary files
-    assert results.read_state(state)["record"]["accuracy_matrix"]
+    assert runs.read_state(state)["record"]["accuracy_matrix"]
     done = run("GenerativeReplay.py", *options(), cwd=tmp_path)
     assert done.returncode == 0 and "experience 1/5" not in done.stdout
     assert "experience 5/5" in done.stdout
@@ -202,31 +204,82 @@ def test_two_copies_at_once_run_each_run_once(tmp_path):
 
 
 def test_an_edit_of_any_script_makes_a_new_folder(tmp_path, monkeypatch):
-    def folder(seed=0, **changes):
-        images = SimpleNamespace(name="digits")
-        return results.run_folder(all_constants(**changes), images, "replay", seed)
+    def folder(seed=0, generator="", **changes):
+        images, constants = SimpleNamespace(name="digits", notice=""), CONSTANTS.changed(**changes)
+        return runs.Run(constants, images, "replay", seed, generator=generator).folder
 
+    files = [*ROOT.glob("*.py"), *ROOT.glob("figures/lab/*.py"), ROOT / "figures/generators.py"]
+    assert sorted(runs.SCRIPTS) == sorted(files)
+    copies = [Path(shutil.copy(path, tmp_path)) for path in files]
+    monkeypatch.setattr(runs, "SCRIPTS", sorted(copies))
     before = folder()
-    assert {path.name for path in results.SCRIPTS} == {path.name for path in ROOT.glob("*.py")}
-    copies = [Path(shutil.copy(path, tmp_path)) for path in results.SCRIPTS]
-    monkeypatch.setattr(results, "SCRIPTS", copies)
-    assert folder() == before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3)
-    assert folder(BATCH_SIZE=65) != before != folder(seed=1)
+    assert before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3, THREADS=2)
+    assert before not in (folder(BATCH_SIZE=65), folder(seed=1), folder(generator="make_mine"))
     for path in copies:
         text = path.read_bytes()
         path.write_bytes(text + b"\n")
         assert folder() != before
         path.write_bytes(text)
+    assert folder() == before
 
 
-@pytest.mark.parametrize("who", ["solver", "generator"])
-def test_a_loss_that_is_no_number_ends_the_run(who, tmp_path):
-    option = "--learning-rate" if who == "solver" else "--generator-learning-rate"
-    done = run("GenerativeReplay.py", *options(), option, "1e30", cwd=tmp_path)
-    what = rf"replay, seed 0: the loss of the {who} is (nan|inf) at experience 1, iteration (\d+)"
-    found = re.search(what, one_line(done.stderr))
-    assert done.returncode == 2 and found and 1 < int(found[2]) <= 40
-    assert not list(tmp_path.rglob("state.pt"))
+@pytest.mark.parametrize(
+    ("script", "change", "what"),
+    [
+        ("GenerativeReplay.py", {"LEARNING_RATE": 1e30}, "solver is nan at {}, iteration 2"),
+        ("GenerativeReplay.py", {"KL_WEIGHT": 1e39}, "generator is inf at {}, iteration 1"),
+        ("Generator.py", {"LEARNING_RATE": 1e30}, "generator is nan at {}, iteration 2"),
+    ],
+    ids=["solver", "generator of a scholar", "generator"],
+)
+def test_a_loss_that_is_no_number_ends_the_run(script, change, what, tmp_path):
+    done = run(script, *options(**change), cwd=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.rglob("state.pt"))
+    name = "replay" if script == "GenerativeReplay.py" else "generator"
+    reason = f"the loss of the {what.format('experience 1')}; try a lower LEARNING_RATE"
+    assert done.stderr == f"error: {name}, seed 0: {reason}\n"
+
+
+def test_layers_that_do_not_fit_into_the_memory_end_the_run(tmp_path):
+    done = run("GenerativeReplay.py", *options(HIDDEN_UNITS=10**12), cwd=tmp_path)
+    assert done.returncode == 2 and "allocate memory" in one_line(done.stderr)
+    assert done.stderr.endswith("; make the layers smaller\n")
+
+
+def experiment(folder, save=runs.Run.save, strategy="naive"):
+    """An experiment within this process; return its accuracies."""
+    small = CONSTANTS.changed(**SMALL | {"RESULTS_DIR": str(folder), "ITERATIONS": 20})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "save", save)
+        done = GenerativeReplay.experiment(strategy, small, seed=0, images=load_digits())
+    return done["accuracy_matrix"]
+
+
+def test_to_look_at_samples_changes_no_number(tmp_path, monkeypatch):
+    looked = experiment(tmp_path / "looked", strategy="replay")
+    monkeypatch.setattr(GenerativeReplay, "samples_per_class", lambda *_: torch.rand(20, 1, 28, 28))
+    assert experiment(tmp_path / "other", strategy="replay") == looked
+
+
+def test_a_head_that_grows_goes_on(tmp_path, monkeypatch):
+    make_solver = GenerativeReplay.make_solver
+
+    def growing(benchmark, constants):
+        solver = make_solver(benchmark, constants)
+        solver[-1] = IncrementalClassifier(constants.HIDDEN_UNITS)
+        return solver
+
+    def save_and_stop(run, *arguments):
+        save(run, *arguments)
+        if len(run.record["accuracy_matrix"]) == 3:
+            raise KeyboardInterrupt
+
+    save = runs.Run.save
+    monkeypatch.setattr(GenerativeReplay, "make_solver", growing)
+    whole = experiment(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tmp_path / "stopped", save_and_stop)
+    assert experiment(tmp_path / "stopped") == whole
 
 
 def test_tensorboard_leaves_curves(tmp_path):

@@ -5,11 +5,12 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import all_constants, run
+from conftest import CONSTANTS, run
 from PIL import Image
 
 import GenerativeReplay
-import Generator
+from figures.lab import data, report
+from figures.lab.runs import with_generator
 
 
 def make_folder(folder, classes=7, mode="RGB", size=(14, 20), train=12):
@@ -44,10 +45,10 @@ def test_a_folder_in_colour_from_end_to_end(tmp_path):
 
 def test_grey_images_have_one_channel_and_any_size(tmp_path):
     folder = make_folder(tmp_path / "grey", classes=2, mode="L")
-    images = Generator.load_images(all_constants(DATASET=str(folder)))
+    images = data.load_images(CONSTANTS.changed(DATASET=str(folder)))
     assert images.train[0].shape == (24, 1, 20, 14) and images.classes == ["class 0", "class 1"]
     assert images.train[0].dtype == torch.float32 and 0.1 < images.train[0].max() <= 1
-    resized = Generator.load_images(all_constants(DATASET=str(folder), IMAGE_SIZE=9))
+    resized = data.load_images(CONSTANTS.changed(DATASET=str(folder), IMAGE_SIZE=9))
     assert resized.test[0].shape == (8, 1, 9, 9) and resized.name != images.name
 
 
@@ -85,30 +86,41 @@ def test_a_single_class_is_refused(tmp_path):
 
 
 def test_the_stream_brings_the_classes_in_order_and_any_number_of_experiences():
-    images = Generator.load_digits()
+    images = data.load_digits()
     order = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
-    constants = all_constants(CLASS_ORDER=order, N_EXPERIENCES=3)
-    benchmark = Generator.make_benchmark(images, constants)
+    constants = CONSTANTS.changed(CLASS_ORDER=order, N_EXPERIENCES=3)
+    benchmark = data.make_benchmark(images, constants)
     for stream in benchmark.train_stream, benchmark.test_stream:
         groups = [set(experience.dataset.tensors[1].tolist()) for experience in stream]
         assert groups == [{3, 1, 4, 0}, {5, 9, 2}, {6, 8, 7}]
-    assert Generator.stream_names(images, constants)[0] == ["3 1 4 0", "5 9 2", "6 8 7"]
+    assert data.stream_names(images, constants)["experiences"] == ["3 1 4 0", "5 9 2", "6 8 7"]
+
+
+def test_each_seed_has_its_own_order_of_the_classes_if_they_are_shuffled():
+    def order(seed, **changes):
+        torch.manual_seed(seed)
+        given = CONSTANTS.changed(CLASS_ORDER=(3, 1, 4, 0, 5, 9, 2, 6, 8, 7), **changes)
+        return data.shuffle_classes(given).CLASS_ORDER
+
+    orders = [order(seed, SHUFFLE_CLASSES=True) for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(10))
+    assert order(0) == order(1) == (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
 
 
 def test_domain_incremental_labels_are_places_in_the_experience():
-    images = Generator.load_digits()
-    constants = all_constants(SCENARIO="domain", CLASS_ORDER=(1, 0, 2, 3, 4, 5, 7, 6, 8, 9))
-    benchmark = Generator.make_benchmark(images, constants)
+    images = data.load_digits()
+    constants = CONSTANTS.changed(SCENARIO="domain", CLASS_ORDER=(1, 0, 2, 3, 4, 5, 7, 6, 8, 9))
+    benchmark = data.make_benchmark(images, constants)
     (x, y, _), (whole, labels) = benchmark.test_stream[0].dataset.tensors, images.test
     assert torch.equal(x[y == 0], whole[labels == 1]) and torch.equal(x[y == 1], whole[labels == 0])
-    assert Generator.properties(benchmark, constants)[1] == 2
+    assert data.shape_and_classes(benchmark) == ((1, 28, 28), 2)
 
 
 def test_permuted_experiences_are_the_same_images_in_another_order_of_pixels():
-    images = Generator.load_digits()
+    images = data.load_digits()
     torch.manual_seed(0)
-    constants = all_constants(SCENARIO="permuted", N_EXPERIENCES=3)
-    benchmark = Generator.make_benchmark(images, constants)
+    constants = CONSTANTS.changed(SCENARIO="permuted", N_EXPERIENCES=3)
+    benchmark = data.make_benchmark(images, constants)
     parts = [experience.dataset.tensors for experience in benchmark.train_stream]
     assert torch.equal(parts[0][0], images.train[0])
     for x, y, _ in parts[1:]:
@@ -120,18 +132,33 @@ def test_permuted_experiences_are_the_same_images_in_another_order_of_pixels():
 
 
 def test_only_images_with_a_margin_are_shifted():
-    digits = Generator.load_digits()
+    digits = data.load_digits()
     framed = [(torch.nn.functional.pad(1 - x, (2,) * 4, value=1), y) for x, y in digits[1:3]]
     framed = digits._replace(train=framed[0], test=framed[1])
     for images, scenario, shifted in [
         (digits, "class", False), (framed, "class", True), (framed, "permuted", False)
     ]:  # fmt: skip
-        constants = all_constants(SCENARIO=scenario)
-        benchmark = Generator.make_benchmark(images, constants)
+        constants = CONSTANTS.changed(SCENARIO=scenario)
+        benchmark = data.make_benchmark(images, constants)
         solver = GenerativeReplay.make_solver(benchmark, constants)
         x = images.train[0][:1]
         moved = any(not torch.equal(solver[:2](x), solver[:1](x)) for _ in range(20))
         assert moved == shifted, scenario
+
+
+def test_a_new_scholar_knows_nothing_of_later_experiences():
+    def scholar(later):
+        (first, y), *_ = data.load_digits()[1:3]
+        experiences = [(first[y < 2], y[y < 2]), (later(first[y > 1]), y[y > 1])]
+        torch.manual_seed(0)
+        benchmark = data.in_memory_benchmark(experiences, experiences)
+        constants = CONSTANTS.changed(N_EXPERIENCES=2)
+        return GenerativeReplay.make_scholar(benchmark, constants)
+
+    as_it_is, inverted = scholar(lambda x: x), scholar(lambda x: 1 - x)
+    for one, other in zip(with_generator(as_it_is), with_generator(inverted)):
+        assert str(one.model) == str(other.model)  # shift, mean and standard deviation
+        assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
 
 
 def test_the_first_permutation_does_not_fade(tmp_path):
@@ -146,16 +173,16 @@ def test_the_first_permutation_does_not_fade(tmp_path):
 
 
 def test_black_on_white_is_learned_like_white_on_black():
-    digits, constants = Generator.load_digits(), all_constants(N_EXPERIENCES=2, ITERATIONS=150)
+    digits, constants = data.load_digits(), CONSTANTS.changed(N_EXPERIENCES=2, ITERATIONS=150)
     accuracies = []
     for invert in (lambda x: x), (lambda x: 1 - x):
         train, test = ((invert(x), y) for x, y in (digits.train, digits.test))
         torch.manual_seed(0)
         images = digits._replace(train=train, test=test)
-        benchmark = Generator.make_benchmark(images, constants)
+        benchmark = data.make_benchmark(images, constants)
         scholar = GenerativeReplay.make_scholar(benchmark, constants)
         for experience in benchmark.train_stream:
             scholar.train(experience)
         metrics = scholar.eval(benchmark.test_stream)
-        accuracies.append(mean(Generator.metric_row(metrics, "Top1_Acc_Exp")))
+        accuracies.append(mean(report.by_experience(metrics, "Top1_Acc_Exp")))
     assert min(accuracies) > 0.85 and abs(accuracies[0] - accuracies[1]) < 0.05, accuracies

@@ -12,18 +12,22 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.distributions import Bernoulli
+from torch.nn.functional import cross_entropy
 
 import TrainingInstances as instances
-from figures import results
-from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo
-from GenerativeReplay import ExperienceReplayPlugin, JointPlugin
+from figures.lab import runs
+from figures.lab.baselines import ExperienceReplayPlugin, JointPlugin
+from figures.lab.data import in_memory_benchmark
+from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo, reconstruction_error
+from GenerativeReplay import TrainOnly
 from TrainingInstances import (
     DeepGenerativeReplayPlugin,
     GenerativeReplay,
+    ReplayAlignmentPlugin,
     ReplayTemplate,
+    Samples,
     VAETraining,
-    in_memory_benchmark,
 )
 
 SHAPE, CLASSES, SAMPLES, BATCH = (1, 4, 4), 8, 20, 8  # minibatches of 8, 8 and 4
@@ -56,9 +60,9 @@ class Spy(SupervisedPlugin):
         self.notes.append(SimpleNamespace(
             experience=strategy.experience.current_experience, n=strategy.n_real,
             x=strategy.mb_x, y=strategy.mb_y, task_labels=strategy.mbatch[2:],
-            replayed=strategy.replay and strategy.replay.replayed, loss=strategy.loss.item(),
+            replayed=strategy.replay_plugin and strategy.replay_plugin.replayed,
+            loss=strategy.loss.item(), rate=strategy.optimizer.param_groups[0]["lr"],
             output=output.detach() if isinstance(output, torch.Tensor) else output,
-            rate=strategy.optimizer.param_groups[0]["lr"],
         ))  # fmt: skip
 
 
@@ -79,40 +83,58 @@ def make_solver(strategy=GenerativeReplay, plugins=(), **settings):
 
 def make_scholar(seed=0, components=0, only_solver=None, **both):
     torch.manual_seed(seed)
+    names = inspect.signature(DeepGenerativeReplayPlugin).parameters.keys()
+    replay = {name: both.pop(name) for name in names & both.keys()}
     density = ClassConditionalGMM(components, latent_size=4) if components else None
     vae, spy = VAE(SHAPE, hidden_units=16, latent_size=4, density=density), Spy()
-    arguments = {"model": vae, "optimizer": torch.optim.Adam(vae.parameters()), "plugins": [spy]}
-    generator_strategy = VAETraining(train_mb_size=BATCH, **arguments, **both)
+    plugin = ReplayAlignmentPlugin if components else DeepGenerativeReplayPlugin
+    generator_strategy = VAETraining(
+        model=vae, optimizer=torch.optim.Adam(vae.parameters()), train_mb_size=BATCH,
+        replay_plugin=plugin(**replay), kl_weight=1.0, plugins=[spy], **both,
+    )  # fmt: skip
     both |= only_solver or {}
-    names = inspect.signature(DeepGenerativeReplayPlugin).parameters.keys() & both.keys()
-    settings = {name: both.pop(name) for name in names}
-    replay = DeepGenerativeReplayPlugin(generator_strategy, **settings)
-    return *make_solver(replay=replay, **both), spy
+    replay |= {name: both.pop(name) for name in names & both.keys()}
+    plugin = DeepGenerativeReplayPlugin(generator_strategy, **replay)
+    return *make_solver(replay_plugin=plugin, **both), spy
 
 
 def parameters(scholar):
-    models = scholar.model, scholar.replay.generator
+    models = scholar.model, scholar.replay_plugin.generator
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
+GROWING = [[0, 0, 0], [8, 8, 4], [16, 16, 8], [24, 24, 12]]
+DOUBLED = [[0, 0, 0], [8, 8, 4], [16, 16, 8], [32, 32, 16]]
+
+
 @pytest.mark.parametrize(
-    ("replay", "expected"),
+    ("replay", "solver", "generator"),
     [
-        ({}, [[0, 0, 0], [8, 8, 4], [8, 8, 4], [8, 8, 4]]),
-        ({"replay_size": 5}, [[0, 0, 0], [5, 5, 5], [5, 5, 5], [5, 5, 5]]),
-        ({"increasing_replay_size": True}, [[0, 0, 0], [8, 8, 4], [16, 16, 8], [32, 32, 16]]),
-        ({"replay_size": 3, "increasing_replay_size": True}, [[0] * 3, [3] * 3, [6] * 3, [12] * 3]),
-        ({"replay_size": 0, "increasing_replay_size": True}, [[0, 0, 0]] * 4),
+        ({}, GROWING, [[0, 0, 0], [8, 8, 4], [8, 8, 4], [8, 8, 4]]),
+        ({"replay_size": 5}, *[[[0] * 3, [5] * 3, [5] * 3, [5] * 3]] * 2),
+        ({"increasing_replay_size": True}, DOUBLED, DOUBLED),
+        (
+            {"replay_size": 3, "increasing_replay_size": True},
+            *[[[0] * 3, [3] * 3, [6] * 3, [12] * 3]] * 2,
+        ),
+        ({"replay_size": 0, "increasing_replay_size": True}, *[[[0, 0, 0]] * 4] * 2),
     ],
 )
-def test_amount_of_replay_for_solver_and_generator(stream, replay, expected):
+def test_amount_of_replay_for_solver_and_generator(stream, replay, solver, generator):
     scholar, *spies = make_scholar(**replay)
     for experience in stream:
-        before = scholar.replay.generator.decoder[0].weight.detach().clone()
+        before = scholar.replay_plugin.generator.decoder[0].weight.detach().clone()
         scholar.train(experience)  # the generator learns each experience too
-        assert not torch.equal(scholar.replay.generator.decoder[0].weight, before)
-    for spy in spies:
+        assert not torch.equal(scholar.replay_plugin.generator.decoder[0].weight, before)
+    for spy, expected in zip(spies, (solver, generator)):
         assert [len(note.x) - note.n for note in spy.notes] == sum(expected, [])
+
+
+def test_very_many_replayed_images_are_warned_of(stream):
+    scholar, *_ = make_scholar(replay_size=5000, iterations=1)
+    scholar.train(stream[0])
+    with pytest.warns(UserWarning, match="minibatch of experience 2 replays 5000 images"):
+        scholar.train(stream[1])
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -135,7 +157,7 @@ def test_the_old_solver_labels_with_classes_that_it_has_seen(stream, temperature
                 hard = cross_entropy(note.output[: note.n], note.y[: note.n])
                 assert note.loss == pytest.approx((hard / k + (1 - 1 / k) * soft).item(), rel=1e-5)
         seen += classes
-    assert scholar.replay.seen_classes == sorted(seen)
+    assert scholar.replay_plugin.seen_classes == sorted(seen)
 
 
 @pytest.mark.parametrize("components", [0, 2])
@@ -155,8 +177,8 @@ def test_real_images_come_first_unchanged_and_types_stay(stream, components):
 @pytest.mark.parametrize("ahead", [1, 16, 2048])
 def test_replay_comes_from_copies_frozen_before_the_experience(stream, ahead, monkeypatch):
     monkeypatch.setattr(instances.DeepGenerativeReplayPlugin, "AHEAD", ahead)
-    scholar, *spies = make_scholar()
-    generator, generated = scholar.replay.generator, []
+    scholar, *spies = make_scholar(replay_size=8)
+    generator, generated = scholar.replay_plugin.generator, []
 
     class SpiedVAE(VAE):
         def generate(self, *arguments):
@@ -174,14 +196,14 @@ def test_replay_comes_from_copies_frozen_before_the_experience(stream, ahead, mo
             assert model is not generator and not any(m.training for m in model.modules())
             assert all(value.equal(before[name]) for name, value in model.state_dict().items())
             assert all(parameter.grad is None for parameter in model.parameters())
-        samples = torch.cat([images for _, images in generated])
-        x = torch.cat([note.x[note.n :] for spy in spies for note in spy.notes])
-        assert len(x.unique(dim=0)) == len(x)  # each sample is replayed once at most
-        assert len(torch.cat([samples, x]).unique(dim=0)) == len(samples)
-        sizes = {1: [8, 8, 4], 16: [16, 16], 2048: [2048, 2048]}[ahead]  # again for the last 4
+        sizes = {1: [8, 8, 8], 16: [16, 16], 2048: [2048]}[ahead]
         assert [len(images) for _, images in generated] == sizes * 2
-        for replay in (scholar.replay, scholar.replay.generator_strategy.replay):
-            assert replay.old_generator is None and replay.old_model is None and not replay.ahead
+        for spy, part in zip(spies, (generated[: len(sizes)], generated[len(sizes) :])):
+            samples = torch.cat([images for _, images in part])  # each is replayed once, in order
+            assert torch.cat([note.x[note.n :] for note in spy.notes]).equal(samples[:24])
+        for strategy in runs.with_generator(scholar):
+            plugin = strategy.replay_plugin
+            assert plugin.old_generator is plugin.old_model is plugin.ahead is None
 
 
 @pytest.mark.parametrize("ratio", [None, 0.0, 0.25, 1.0])
@@ -201,23 +223,40 @@ def test_weights_of_current_and_replayed_data_by_hand(stream, ratio, replay_size
 
 
 def test_replay_aligns_the_new_decoder_with_the_old_one_on_a_fitted_density(stream):
-    scholar, _, spy = make_scholar(components=2)
+    scholar, _, spy = make_scholar(components=1)
     scholar.train(stream[0])
-    vae, (x, y) = scholar.replay.generator, images_of(EXPERIENCES[0])
+    vae, (x, y) = scholar.replay_plugin.generator, images_of(EXPERIENCES[0])
     old_vae = copy.deepcopy(vae)
     encodings = vae.encode(x[y == 6])[0]  # real ones of this experience
-    (mean,) = vae.density.means[vae.density.labels == 6, 0]
-    torch.testing.assert_close(mean.float(), encodings.mean(0), atol=1e-4, rtol=1e-3)
-    assert vae.learned_classes().tolist() == [1, 6]
+    (mean,) = vae.density.means[vae.density.labels == 6]
+    torch.testing.assert_close(mean, encodings.mean(0))
+    assert vae.density.labels.tolist() == [1, 6]
     scholar.train(stream[1])
-    assert vae.learned_classes().tolist() == [0, 1, 3, 6]
+    assert vae.density.labels.tolist() == [1, 6, 0, 3]
     assert vae.density.means[:2].equal(old_vae.density.means)
     for note in spy.notes[3:]:
-        n, z = note.n, note.replayed.decoder_input
+        n, z = note.n, note.replayed.z
         torch.testing.assert_close(note.x[n:], torch.sigmoid(old_vae.decode(z)).detach())
-        pixels = binary_cross_entropy_with_logits(note.output[0][n:], note.x[n:], reduction="sum")
+        old = reconstruction_error(note.x[n:], note.output[0][n:]).mean()
         current = negative_elbo(note.x[:n], [part[:n] for part in note.output]).mean()
-        assert note.loss == pytest.approx((current + pixels / n).item() / 2, 1e-5)
+        assert note.loss == pytest.approx((current + old).item() / 2, 1e-5)
+
+
+def test_replayed_latents_are_decoded_as_they_are_and_cost_no_divergence():
+    vae, plugin, x = VAE(SHAPE, 16, 4), ReplayAlignmentPlugin(), torch.rand(8, *SHAPE)
+    optimizer = torch.optim.Adam(vae.parameters())
+    strategy = VAETraining(model=vae, optimizer=optimizer, replay_plugin=plugin, kl_weight=0.25)
+    y, z = torch.zeros(8, dtype=torch.int64), torch.randn(3, 4)
+    strategy.is_training, strategy.mbatch = True, [x, y, y]
+    plugin.replayed = Samples(x[5:], y[5:], z=z)
+    logits, z_mean, z_log_var = strategy.mb_output = strategy.forward()
+    torch.testing.assert_close(logits[5:], vae.decode(z))
+    torch.testing.assert_close((z_mean, z_log_var), vae.encode(x[:5]))
+    log_likelihood = Bernoulli(logits=logits[5:], validate_args=False).log_prob(x[5:])
+    losses = strategy.loss_per_image()
+    torch.testing.assert_close(losses[5:], -log_likelihood.sum((1, 2, 3)))
+    real = negative_elbo(x[:5], (logits[:5], z_mean, z_log_var), 0.25)
+    torch.testing.assert_close(losses[:5], real)
 
 
 def test_training_accuracy_counts_real_images_only_and_the_loss_is_the_minimised_one(stream):
@@ -247,6 +286,32 @@ def test_epochs_go_through_the_data_and_iterations_are_full_minibatches(stream):
         assert sorted(seen[:20]) == sorted(seen[20:40]) == list(range(20)) != seen[:20]
 
 
+def test_options_of_the_data_loader(stream):
+    scholar, *spies = make_scholar()
+    scholar.train(stream[0], shuffle=False, drop_last=True, num_workers=1)
+    for spy in spies:
+        assert rows(spy.notes) == list(range(16))
+    scholar, *spies = make_scholar(iterations=7)
+    scholar.train(stream[0], shuffle=False)  # again from the beginning
+    for spy in spies:
+        assert rows(spy.notes) == [row % 20 for row in range(56)]
+    with pytest.raises(TypeError, match="pin_memroy"):
+        scholar.train(stream[1], pin_memroy=True)
+
+
+def test_another_loss_is_a_method_to_override(stream):
+    class Half(ReplayTemplate):
+        def loss_per_image(self):
+            return super().loss_per_image() / 2
+
+    strategy, spy = make_solver(Half)
+    strategy.train(stream[0])
+    for note in spy.notes:
+        assert note.loss == pytest.approx(cross_entropy(note.output, note.y).item() / 2)
+    with pytest.raises(TypeError, match="override loss_per_image"):
+        make_solver(criterion=nn.CrossEntropyLoss())
+
+
 def test_without_replay_it_is_fine_tuning(stream):
     strategy, _ = make_solver(ReplayTemplate, train_mb_size=SAMPLES)
     solver = copy.deepcopy(strategy.model)
@@ -260,15 +325,32 @@ def test_without_replay_it_is_fine_tuning(stream):
     torch.testing.assert_close(list(strategy.model.parameters()), list(solver.parameters()))
 
 
-def test_joint_training_learns_all_experiences_so_far(stream):
-    strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin()])
-    for experience in stream:
+def amount(**replay):
+    return DeepGenerativeReplayPlugin(**replay).amount
+
+
+@pytest.mark.parametrize(
+    ("replay", "sizes"),
+    [({}, [8, 16, 24, 32]), ({"replay_size": 3, "increasing_replay_size": True}, [8, 11, 14, 20])],
+)
+def test_joint_training_learns_all_experiences_so_far(stream, replay, sizes):
+    strategy, spy = make_solver(ReplayTemplate, plugins=[JointPlugin(amount(**replay))])
+    for k, (experience, size) in enumerate(zip(stream, sizes), 1):
         spy.notes.clear()
         strategy.train(experience)
-        x = torch.cat([images_of(c)[0] for c in EXPERIENCES[: experience.current_experience + 1]])
+        x = torch.cat([images_of(classes)[0] for classes in EXPERIENCES[:k]])
+        assert [len(note.x) for note in spy.notes] == [len(part) for part in x.split(size)]
         learned, labels = (torch.cat([getattr(n, part) for n in spy.notes]) for part in "xy")
         assert len(learned) == len(x) == len(torch.cat([x, learned]).unique(dim=0))
         assert labels.equal(learned.flatten(1).argmax(1))
+
+
+def carry_over(old, new):
+    """Bring a new scholar to what is saved of an old one."""
+    states = [runs.strategy_state(part) for part in runs.with_generator(old)]
+    torch.save({"strategies": states, "random": [torch.get_rng_state()]}, saved := io.BytesIO())
+    saved.seek(0)
+    runs.load_state(new, torch.load(saved, weights_only=True))
 
 
 @pytest.mark.parametrize("settings", [{}, {"components": 2, "only_solver": {"temperature": 2.0}}])
@@ -278,21 +360,51 @@ def test_same_seed_same_numbers_also_after_an_interruption(stream, settings):
         torch.manual_seed(0)
         scholar.train(stream[:2])
     assert parameters(whole).equal(parameters(interrupted))
-    for old, new in zip(*map(results.with_generator, (interrupted, resumed))):
-        torch.save(results.strategy_state(old), saved := io.BytesIO())
-        saved.seek(0)
-        results.load_strategy_state(new, torch.load(saved, weights_only=True))
+    carry_over(interrupted, resumed)
     for scholar in (whole, resumed):
         torch.manual_seed(1)
         scholar.train(stream[2:])
     assert parameters(whole).equal(parameters(resumed))
-    losses = [scholar.plugins[1].losses for scholar in (whole, resumed)]
-    assert losses[0].equal(losses[1])
+    assert whole.plugins[1].losses == resumed.plugins[1].losses
+
+
+@pytest.mark.parametrize("interrupted", [0, 1], ids=["solver", "generator"])
+def test_what_is_interrupted_in_an_experience_leaves_nothing_behind(stream, interrupted):
+    scholars = [make_scholar(seed, iterations=9, components=2) for seed in (3, 4)]
+    for scholar, *_ in scholars:
+        for strategy in runs.with_generator(scholar):
+            strategy.plugins.append(instances.OneCyclePlugin(strategy.optimizer))
+    (scholar, *spies), (fresh, *_) = scholars
+    scholar.train(stream[0])
+    spy = spies[interrupted]
+
+    def interrupt(strategy, **kwargs):
+        if len(spy.notes) == 13:  # the fourth iteration of the second experience
+            raise KeyboardInterrupt
+
+    spy.after_update = interrupt  # before the replayed samples are taken out again
+    with pytest.raises(KeyboardInterrupt):
+        scholar.train(stream[1])
+    carry_over(scholar, fresh)
+    for each in (scholar, fresh):
+        torch.manual_seed(1)
+        each.eval(stream[:2])
+        each.train(stream[1])
+    assert parameters(scholar).equal(parameters(fresh))
+    assert scholar.plugins[1].losses == fresh.plugins[1].losses
+
+
+def test_evaluation_draws_no_random_numbers(stream):
+    scholar, *_ = make_scholar(components=2)
+    scholar.train(stream[0])
+    before = torch.get_rng_state()
+    scholar.eval(stream)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_the_learning_rate_makes_a_cycle_in_each_experience(stream):
     strategy, spy = make_solver(ReplayTemplate, iterations=99)
-    strategy.plugins.append(instances.OneCyclePlugin(strategy.optimizer, 99))
+    strategy.plugins.append(instances.OneCyclePlugin(strategy.optimizer))
     strategy.train(stream[:3])
     up = [0.001 - 0.0009 * (1 + math.cos(math.pi * i / 14)) / 2 for i in range(14)]
     down = [0.001 * (1 + math.cos(math.pi * i / 85)) / 2 for i in range(85)]
@@ -300,11 +412,24 @@ def test_the_learning_rate_makes_a_cycle_in_each_experience(stream):
     assert not strategy.optimizer.state
 
 
+def test_at_the_end_of_the_cycle_the_learning_rate_stays_at_nothing(stream):
+    class Twice(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            strategy.dataloader = [*strategy.dataloader] * 2
+
+    strategy, spy = make_solver(ReplayTemplate, iterations=20)
+    strategy.plugins += [instances.OneCyclePlugin(strategy.optimizer), Twice()]
+    strategy.train(stream[0])
+    rates = [note.rate for note in spy.notes]
+    assert len(rates) == 40 and rates[3] == max(rates) == pytest.approx(0.001, rel=0.02)
+    assert max(rates[20:]) < 1e-7 and len(strategy.plugins[1].losses) == 40
+
+
 def test_the_loss_is_recorded_and_has_to_be_finite(stream):
     scholar, spy, _ = make_scholar()
     scholar.train(stream[:2])
     losses = scholar.plugins[1].losses  # of the second experience
-    assert losses.shape == (3,) and losses.tolist() == [n.loss for n in spy.notes[3:]]
+    assert len(losses) == 3 and losses == [note.loss for note in spy.notes[3:]]
     spy.after_update = lambda strategy, **kwargs: strategy.model[1].weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="solver is nan at experience 3, iteration 2"):
         scholar.train(stream[2])
@@ -313,7 +438,7 @@ def test_the_loss_is_recorded_and_has_to_be_finite(stream):
 def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
     counts = torch.zeros(CLASSES)
     for _ in range(200):
-        plugin = ExperienceReplayPlugin(mem_size=6)
+        plugin = ExperienceReplayPlugin(6, amount())
         for experience in stream:
             plugin.after_training_exp(SimpleNamespace(experience=experience))
         x, y, *_ = plugin.stored
@@ -322,20 +447,25 @@ def test_experience_replay_stores_a_uniform_sample_of_all_images(stream):
     assert counts.min() > 110 and counts.max() < 190  # 150 on average, standard deviation 11
 
 
-def test_experience_replay_doubles_the_minibatch(stream):
-    plugin = ExperienceReplayPlugin(mem_size=6)
-    strategy, spy = make_solver(ReplayTemplate, plugins=[plugin])
-    strategy.train(stream[0])
+@pytest.mark.parametrize("ratio", [None, 0.2])
+def test_experience_replay_adds_as_many_stored_images_weighted_as_replay(stream, ratio):
+    plugin = ExperienceReplayPlugin(6, amount(replay_size=5, increasing_replay_size=True), ratio)
+    strategy, spy = make_solver(ReplayTemplate, replay_plugin=plugin)
+    strategy.train(stream[:2])
     stored = plugin.stored[0].clone()
-    strategy.train(stream[1])
-    assert [len(note.x) for note in spy.notes] == [8, 8, 4, 16, 16, 8]
-    for note in spy.notes[3:]:
-        (new, old), labels = note.x.chunk(2), note.x.flatten(1).argmax(1)
-        assert note.y.equal(labels) and set(labels[: len(new)].tolist()) <= {0, 3}
+    strategy.train(stream[2])
+    assert [note.n for note in spy.notes] == [8, 8, 4] * 3
+    assert [len(note.x) - note.n for note in spy.notes] == [0] * 3 + [5] * 3 + [10] * 3
+    for note in spy.notes[6:]:
+        labels, r = note.x.flatten(1).argmax(1), 1 / 3 if ratio is None else ratio
+        assert note.y.equal(labels) and set(labels[: note.n].tolist()) <= {7, 2}
+        old = note.x[note.n :]
         assert 1 < len(old.unique(dim=0)) and len(torch.cat([stored, old]).unique(dim=0)) == 6
-        assert note.loss == pytest.approx(cross_entropy(note.output, labels).item())
+        losses = cross_entropy(note.output, labels, reduction="none")
+        expected = r * losses[: note.n].mean() + (1 - r) * losses[note.n :].mean()
+        assert note.loss == pytest.approx(expected.item())
 
 
 def test_modules_that_act_in_training_only():
-    module, x = instances.TrainOnly(nn.Threshold(9, 7)), torch.rand(10, 4)
+    module, x = TrainOnly(nn.Threshold(9, 7)), torch.rand(10, 4)
     assert module(x).equal(torch.full_like(x, 7)) and module.eval()(x).equal(x)
