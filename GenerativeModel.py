@@ -36,7 +36,6 @@ class GenerativeModel(nn.Module, ABC):
         :return: images in [0, 1], shape (batch_size, C, H, W), or (C, H, W) for a single one.
         """
 
-
     def learned_classes(self) -> Tensor:
         """Return the classes that it can be asked for (int64), shape (n,); empty: unconditional."""
         return torch.zeros(0, dtype=torch.int64)

@@ -115,7 +115,7 @@ def experiment(
 
     :param images: the data set; without its tensors it is loaded here.
     :param name: name in tables and figures; empty: that of the strategy.
-    :param make_generator: see `make_scholar`.
+    :param make_generator: see `make_scholar`; its name is part of that of the run.
     :return: the record, with the `folder` it lies in.
     """
     with Run(constants, images, strategy, seed, name, make_generator.__name__) as run:
@@ -238,7 +238,7 @@ def has_margin(benchmark: CLScenario) -> bool:
     """
     x, *_ = data.tensors_of(benchmark.train_stream[0])
     outermost = torch.cat([x[..., (0, -1), :].flatten(), x[..., (0, -1)].flatten()])
-    return bool(outermost.std() <= x.std() / 5)
+    return bool(outermost.std(correction=0) <= x.std(correction=0) / 5)
 
 
 def make_evaluator(logs: Path | None) -> EvaluationPlugin:

@@ -91,6 +91,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         if not isinstance(self.generator, GenerativeModel | None):
             kind = type(self.generator).__name__
             raise TypeError(f"{kind} has to be a subclass of GenerativeModel")
+        self.model_is_generator = generator_strategy is None
         self.ratio, self.temperature = ratio, temperature
         self.seen_classes: list[int] = []
         self.release_old_scholar()

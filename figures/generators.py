@@ -62,6 +62,17 @@ class ConditionalVAE(VAE):
         """Return z and the one-hot class."""
         return torch.cat([z, F.one_hot(y, len(self.learned)).to(z)], 1)
 
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass images and their classes through the graph, as in a `VAE`."""
+        z_mean, z_log_var = self.encode(x)
+        z = self.with_class(self.reparametrize(z_mean, z_log_var), y)
+        return self.decode(z), z_mean, z_log_var
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """Reconstruct images from the mean of q(z|x) and their classes."""
+        return torch.sigmoid(self.decode(self.with_class(self.encode(x)[0], y)))
+
     def learned_classes(self) -> Tensor:
         """Return the classes trained on (int64), shape (n,)."""
         return self.learned.nonzero().flatten()
@@ -80,14 +91,14 @@ class ConditionalVAETraining(VAETraining):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Encode and decode real images with their class; only decode replayed latents."""
-        n, replayed = self.n_real, self.replay_plugin.replayed
+        n, model = self.n_real, self.model
         if self.is_training:
-            self.model.learned[self.mb_y[:n]] = True
-        z_mean, z_log_var = self.model.encode(self.mb_x[:n])
-        z = self.model.with_class(self.model.reparametrize(z_mean, z_log_var), self.mb_y[:n])
-        if n < len(self.mb_x):
-            z = torch.cat([z, replayed.z])
-        return self.model.decode(z), z_mean, z_log_var
+            model.learned[self.mb_y[:n]] = True
+        if n == len(self.mb_x):
+            return model(self.mb_x, self.mb_y)
+        z_mean, z_log_var = model.encode(self.mb_x[:n])
+        z = model.with_class(model.reparametrize(z_mean, z_log_var), self.mb_y[:n])
+        return model.decode(torch.cat([z, self.replay_plugin.replayed.z])), z_mean, z_log_var
 
 
 def make_cvae_strategy(benchmark: CLScenario, constants: Constants, **replay) -> VAETraining:

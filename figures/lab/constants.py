@@ -61,9 +61,14 @@ def checked(kind: type[Constants], values: dict) -> Constants:
 
 def unknown(word: str, names: Iterable[str]) -> str:
     """Say that a word is none of the names, and which is nearest."""
-    plain = {name.strip("-").lower().replace("_", "-"): name for name in (word, *names)}
-    near = get_close_matches(*list(plain)[:1], list(plain)[1:], n=1)
+    plain = {as_option(name): name for name in names}
+    near = get_close_matches(as_option(word), plain, n=1)
     return f"{word} is unknown; " + (f"did you mean {plain[near[0]]}?" if near else "see --help")
+
+
+def as_option(name: str) -> str:
+    """Write a name as an option: BATCH_SIZE is --batch-size."""
+    return "--" + name.strip("-").lower().replace("_", "-")
 
 
 def read_constants(script: ModuleType, arguments: Iterable[str] = ()) -> Constants:
@@ -76,7 +81,7 @@ def read_constants(script: ModuleType, arguments: Iterable[str] = ()) -> Constan
     fields = {name: (kind, getattr(script, name)) for name, kind in script.__annotations__.items()}
     source = Path(script.__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z_]+): .+ = .+?  # (.+)$", source, re.MULTILINE))
-    options = {"--" + name.lower().replace("_", "-"): name for name in fields}
+    options = {as_option(name): name for name in fields}
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]",
         description=script.__doc__.split("\n")[0],

@@ -52,8 +52,9 @@ def setup(constants: Constants) -> Constants:
     :return: the constants, with a DEVICE and a BFLOAT16 that suit the machine.
     :raises UserError: if the DEVICE can't be used.
     """
-    # Two threads wait for each other: beside other work they are slower than one, by a multiple.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", constants.THREADS)))
+    if "OMP_NUM_THREADS" not in os.environ:  # which torch has read itself
+        # Two threads wait for each other: beside other work they are slower, by a multiple.
+        torch.set_num_threads(constants.THREADS)
     # Adam's moments of units without gradient decay into denormal numbers, which take an x86 CPU
     # nine times as long. Threads take it over when they start.
     torch.set_flush_denormal(True)
@@ -151,6 +152,7 @@ class Run:
         if path.exists():
             state = read_state(path)
             done = len(state["record"].get("accuracy_matrix") or state["record"]["loss_matrix"])
+            strategy.make_optimizer(reset_optimizer_state=True)
             for experience in [*benchmark.train_stream[:done], *benchmark.test_stream]:
                 avalanche_model_adaptation(strategy.model, experience)  # heads that grow
             load_state(strategy, state)
@@ -295,7 +297,7 @@ def backend(constants: Constants):
     try:
         client = Client(constants.SCHEDULER, timeout=10)
         for ask in client.run_on_scheduler, client.run:  # else joblib would wait for ever
-            ask(lambda: bool(__import__("GenerativeReplay")))
+            ask(lambda: bool(__import__("figures.lab")))
     except (OSError, ValueError):
         raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
     except ImportError as error:
