@@ -49,6 +49,7 @@ from torch.optim import Adam
 
 from figures import draw
 from figures.lab import data, report
+from figures.lab.progress import ProgressBar
 from figures.lab.runs import Run, setup
 from GenerativeModel import VAE, ClassConditionalGMM
 from TrainingInstances import (
@@ -95,7 +96,7 @@ def training_arguments(name: str, model: nn.Module, constants: Constants) -> dic
         "iterations": constants.ITERATIONS,
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "plugins": [LossRecorder(name), *schedule],
+        "plugins": [ProgressBar(name), LossRecorder(name), *schedule],
         "bfloat16": constants.BFLOAT16,
         "device": constants.DEVICE,
     }
