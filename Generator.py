@@ -139,8 +139,9 @@ def experiment(images: data.Images, constants: Constants, seed: int) -> None:
 
             run.arrays["originals"] = originals.cpu()
             run.finish()
-        draw.save(draw.generator(run.result), run.folder / "generator.png")
-    print(f"{run.title}: {run.folder / 'generator.png'}")
+        picture = run.folder / "generator.png"
+        if draw.save(draw.generator, [run.result], picture):
+            print(f"{run.title}: {picture}")
 
 
 if __name__ == "__main__":
