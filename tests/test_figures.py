@@ -429,4 +429,4 @@ def test_an_experiment_on_a_terminal(jobs, tmp_path):
     assert any(line.startswith("replay, mean +- s.e.") for line in lines)
     assert not any("it/s]" in line for line in lines)
     (picture,) = tmp_path.glob("results/figures/samples-*.png")
-    assert Image.open(picture).width == 1200
+    assert 1200 <= Image.open(picture).width <= 1300  # labels such as "0 1 2 3 4" take room
