@@ -50,6 +50,7 @@ from torch.optim import Adam
 
 from figures import draw
 from figures.lab import data, report
+from figures.lab.progress import ProgressBar
 from figures.lab.runs import Run, setup
 from GenerativeModel import VAE, ClassConditionalGMM
 from TrainingInstances import (
@@ -100,7 +101,7 @@ def training_arguments(name: str, model: nn.Module, constants: Constants) -> dic
         "iterations": constants.ITERATIONS,
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
-        "plugins": [LossRecorder(name), *schedule],
+        "plugins": [ProgressBar(name), LossRecorder(name), *schedule],
         "bfloat16": constants.BFLOAT16,
         "device": constants.DEVICE,
     }
@@ -144,8 +145,9 @@ def experiment(images: data.Images, constants: Constants, seed: int) -> None:
 
             run.arrays["originals"] = originals.cpu()
             run.finish()
-        draw.save(draw.generator(run.result), run.folder / "generator.png")
-    print(f"{run.title}: {run.folder / 'generator.png'}")
+        picture = run.folder / "generator.png"
+        if draw.save(draw.generator, [run.result], picture):
+            print(f"{run.title}: {picture}")
 
 
 if __name__ == "__main__":

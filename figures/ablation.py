@@ -59,7 +59,7 @@ def main() -> None:
     runs = side_by_side(GenerativeReplay.experiment, plans, images, constants)
     folder = Path(constants.RESULTS_DIR)
     print("\n" + report.table(runs))
-    draw.save(ablation(runs), folder / "figures" / "ablation.png")
+    draw.save(ablation, runs, folder / "figures" / "ablation.png")
 
 
 @plt.rc_context(draw.STYLE)

@@ -338,9 +338,9 @@ def main() -> None:
             error = f" ± {row['standard_error']:.1%}" if row["standard_error"] else ""
             print(f"{name}: {kind} {row['mean']:.1%}{error}")
     folder = Path(constants.RESULTS_DIR) / "figures"
-    draw.save(generators(runs), folder / "generators.png")
+    draw.save(generators, runs, folder / "generators.png")
     for name, group in report.by_name(runs).items():
-        draw.save(draw.samples(group), folder / f"samples-{name}.png")
+        draw.save(draw.samples, group, folder / f"samples-{name}.png")
 
 
 def saved_scholar(run: dict, images: data.Images, constants: Constants):

@@ -84,8 +84,8 @@ def main() -> None:
     if {"mnist", "plain"} <= set(names):
         ours, plain = (report.read_runs(Path("results", name)) for name in ("mnist", "plain"))
         plain = [run | {"name": "plain DGR"} for run in plain]
-        figure = draw.accuracy_so_far(draw.in_order(ours) + plain)
-        draw.save(figure, Path("figures", "accuracy.png"))
+        runs = draw.in_order(ours) + plain
+        draw.save(draw.accuracy_so_far, runs, Path("figures", "accuracy.png"))
 
 
 def invert_mnist() -> None:

@@ -4,6 +4,7 @@ It draws samples, reconstructions, and walks between classes, without training.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,8 +52,9 @@ def show_saved_generator(folder: Path) -> None:
         "walks": vae.decode(walks.flatten(0, 1)).sigmoid().unflatten(0, (-1, 20)),
     }
     arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
-    draw.save(draw.saved_generator(state["record"], arrays), folder / "saved_generator.png")
-    print(f"samples, reconstructions and walks: {folder / 'saved_generator.png'}")
+    picture = folder / "saved_generator.png"
+    if draw.save(partial(draw.saved_generator, arrays=arrays), [state["record"]], picture):
+        print(f"samples, reconstructions and walks: {picture}")
 
 
 if __name__ == "__main__":

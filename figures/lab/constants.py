@@ -16,6 +16,8 @@ from typing import Annotated, TypeVar
 import pydantic
 from pydantic import Field
 
+from figures.lab.console import say, suit_any_console
+
 T = TypeVar("T")
 without_repetition = pydantic.AfterValidator(lambda values: tuple(dict.fromkeys(values)))
 Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
@@ -80,7 +82,7 @@ def read_constants(script: ModuleType, arguments: Iterable[str] = ()) -> Constan
     """
     fields = {name: (kind, getattr(script, name)) for name, kind in script.__annotations__.items()}
     source = Path(script.__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^([A-Z_]+): .+ = .+?  # (.+)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^([A-Z_0-9]+): .+ = .+?  # (.+)$", source, re.MULTILINE))
     options = {as_option(name): name for name in fields}
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]",
@@ -110,12 +112,13 @@ def read_options(script: ModuleType) -> Constants:
 
 def run_command(main: Callable[[], T]) -> T:
     """Call a function; end errors of the user and interruptions, from now on, in one line."""
+    suit_any_console()
     signal.signal(signal.SIGINT, end_interrupted)
     signal.signal(signal.SIGTERM, end_interrupted)
     try:
         return main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         sys.exit(2)
 
 

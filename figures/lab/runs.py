@@ -24,8 +24,10 @@ from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 
+from figures.lab.console import say, suit_any_console
 from figures.lab.constants import Constants, UserError
 from figures.lab.data import Images
+from figures.lab.progress import ProgressBar, bar_of_runs
 
 try:
     from dask.distributed import Client
@@ -123,12 +125,12 @@ class Run:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            print(f"{self.title}: waiting for another process that works on it", flush=True)
+            say(f"{self.title}: waiting for another process that works on it")
             self.lock.acquire()
         for path in self.folder.glob(".[0-9]*-*"):  # left by a killed process
             path.unlink()
         if self.finished:
-            print(f"{self.title}: finished already, in {self.folder}", flush=True)
+            say(f"{self.title}: finished already, in {self.folder}")
             now = {key: self.record[key] for key in ("name", "notice")}
             self.record = json.loads(self.path.read_text(encoding="utf-8")) | now
         return self
@@ -177,7 +179,7 @@ class Run:
             path.write_bytes(buffer.getvalue())
         place = f"{strategy.clock.train_exp_counter}/{len(self.record['experiences'])}"
         seconds = self.record["seconds"]
-        print(f"{self.title}: experience {place}, {progress}, {seconds:.0f} s", flush=True)
+        say(f"{self.title}: experience {place}, {progress}, {seconds:.0f} s")
         self.started = time.perf_counter()
 
     def finish(self) -> None:
@@ -276,14 +278,27 @@ def side_by_side(
     :param plans: arguments of the experiment, but for seed and images.
     :return: what the calls returned.
     """
-    if constants.N_JOBS > 1 or constants.SCHEDULER:
-        images = images._replace(train=(), test=())  # each process loads them itself
+    calls = [plan | {"seed": seed} for plan in plans for seed in constants.SEEDS]
+    if constants.N_JOBS == 1 and not constants.SCHEDULER:
+        return [experiment(**call, images=images) for call in calls]
+    images = images._replace(train=(), test=())  # each process loads them itself
     with backend(constants):
-        return joblib.Parallel()(
-            joblib.delayed(experiment)(**plan, seed=seed, images=images)
-            for plan in plans
-            for seed in constants.SEEDS
+        results = joblib.Parallel(return_as="generator_unordered")(
+            joblib.delayed(one_of_many)(number, experiment, **call, images=images)
+            for number, call in enumerate(calls)
         )
+        by_number = dict(bar_of_runs(results, len(calls)))
+    return [by_number[number] for number in range(len(calls))]
+
+
+def one_of_many(number: int, experiment: Callable, /, **arguments) -> tuple[int, dict]:
+    """Call an experiment in a process beside others; the bar is that of the main process.
+
+    :return: the number of the call, and what it returned.
+    """
+    suit_any_console()
+    ProgressBar.disable = True
+    return number, experiment(**arguments)
 
 
 def backend(constants: Constants):
