@@ -4,6 +4,7 @@
 files that are left out, other sizes, the first of several frames, what lies behind transparency.
 """
 
+import os
 import re
 import unicodedata
 import warnings
@@ -182,13 +183,14 @@ def files_below(folder: Path, results: Path | None = None, above: tuple = ()) ->
     :param above: the folders on the way here.
     """
     try:
-        paths = sorted(folder.iterdir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except PermissionError:
         yield folder
         return
     above = *above, folder.resolve()
-    for path in paths:
-        target = path.resolve() if path.is_dir() else None
+    for entry in entries:
+        path = Path(entry.path)
+        target = path.resolve() if entry.is_dir() else None
         if target is None or target in above:
             yield path
         elif target != results:
