@@ -1,7 +1,7 @@
 """The generative model: a variational autoencoder (VAE).
 
 A *scholar* is a solver (classifier) and a generator of the past. `GenerativeModel` is the contract
-of any generator, `VAE` that of the scholar, `negative_elbo` its loss, `ClassConditionalGMM` the
+of any generator, `VAE` the one used here, `negative_elbo` its loss, `ClassConditionalGMM` the
 density from which its latent variables are sampled once it has been trained.
 """
 
@@ -19,10 +19,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 class GenerativeModel(nn.Module, ABC):
     """Define the contract of a generator: generate images of everything learned so far.
 
-    Replay samples from a frozen copy, so `copy.deepcopy` has to work (hooks such as the old
+    Replay uses a frozen copy, so `copy.deepcopy` has to work (hooks such as the old
     `torch.nn.utils.spectral_norm` and `weight_norm` prevent it, those in `parametrizations` don't).
     An interrupted run goes on from the `state_dict`: all that has to survive lives in parameters
-    and buffers. No training image may be kept.
+    and buffers. No training image may be kept, as the method promises.
     """
 
     @abstractmethod
@@ -145,7 +145,8 @@ class VAE(GenerativeModel):
     @torch.no_grad()
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
         """Generate the mean image of p(x|z) for sampled z; see `GenerativeModel.generate`."""
-        was_training, count = self.training, 1 if batch_size is None else batch_size
+        count = 1 if batch_size is None else batch_size
+        was_training = self.training
         images = torch.sigmoid(self.eval().decode(self.sample_latents(count, condition)))
         self.train(was_training)
         return images[0] if batch_size is None else images
@@ -154,7 +155,7 @@ class VAE(GenerativeModel):
 def negative_elbo(
     x: Tensor, output: tuple[Tensor, Tensor, Tensor], kl_weight: float = 1.0
 ) -> Tensor:
-    """Compute the negative evidence lower bound of each image, in nats: the loss of the VAE.
+    """Compute the negative evidence lower bound of each image, in nats, its divergence weighted.
 
     -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), the expectation from one sample of z (Kingma &
     Welling 2014, eq. 10). The first term is the `reconstruction_error`, the second has the closed
@@ -179,7 +180,7 @@ def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class ClassConditionalGMM(nn.Module):
-    """Fit a Gaussian mixture model to the encodings of each class, with one covariance for all.
+    """Fit a mixture of Gaussians to the encodings of each class, with one covariance in each.
 
     A VAE's encodings don't fill the prior N(0, I): many latents sampled from it lie where the
     decoder has learned nothing, and some classes come far too rarely. A density fitted to the
@@ -210,14 +211,14 @@ class ClassConditionalGMM(nn.Module):
         for name, old in density.named_buffers():
             setattr(density, name, old.new_empty(state[prefix + name].shape))
 
-    def count(self, encodings: int) -> int:
-        """Count the Gaussians for some encodings: one for five, so that none is a single image."""
+    def n_gaussians(self, encodings: int) -> int:
+        """Count the Gaussians for some encodings: one for five, but at most `components`."""
         return min(self.components, max(1, encodings // 5))
 
     def bytes_for(self, encodings: int) -> int:
         """Count the bytes that the mixture of some encodings takes."""
         size = self.means.shape[1]
-        return 8 + 4 * size**2 + self.count(encodings) * (8 + 4 + 4 * size)
+        return 8 + 4 * size**2 + self.n_gaussians(encodings) * (8 + 4 + 4 * size)
 
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Fit a mixture to each class in y, beside those there are: the clusters of k-means.
@@ -232,7 +233,7 @@ class ClassConditionalGMM(nn.Module):
             encodings = z[y == label].cpu().double()
             if (n := len(encodings)) < 2:
                 continue
-            count, seed = self.count(n), int(torch.randint(2**31, ()))
+            count, seed = self.n_gaussians(n), int(torch.randint(2**31, ()))
             clusters = KMeans(count, n_init=1, max_iter=20, random_state=seed)
             # It warns of equal images; threads of numpy and torch get into each other's way.
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
@@ -241,7 +242,7 @@ class ClassConditionalGMM(nn.Module):
             around = encodings - means[members]
             covariance = around.T @ around / (n - count) + 1e-3 * torch.eye(z.shape[1])
             sizes = members.bincount(minlength=count)
-            kept = sizes > min(1, sizes.max() - 1)  # a mean of a single image would be that image
+            kept = sizes > 1  # the mean of a single image would be that image
             new = {
                 "labels": label[None],
                 "scales": torch.linalg.cholesky(covariance)[None],

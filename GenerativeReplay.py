@@ -34,13 +34,13 @@ N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
 SEEDS: Distinct[Seed] = (0,)  # one run each
-STRATEGIES: Distinct[Strategy] = ("replay",)  # naive: fine-tuning; joint: all data; er: stored data
+STRATEGIES: Distinct[Strategy] = ("replay",)  # or naive: fine-tuning; joint: all data; er: stored
 
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
-REPLAY_SIZE: NonNegativeInt | None = None  # replayed images in a minibatch; none: BATCH_SIZE·(k-1)
+REPLAY_SIZE: NonNegativeInt | None = None  # replayed images; none: BATCH_SIZE·(k-1) at experience k
 INCREASING_REPLAY_SIZE: bool = False  # double that number at each experience after the second
-RATIO: Share | None = None  # r, weight of the current data in the loss; none: 1/k
+RATIO: Share | None = None  # r, weight of the real images in the loss; none: 1/k at experience k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 LEARNING_RATE: PositiveFloat = 0.003  # of Adam; 0.001 suits layers of 1000 units better
 ONE_CYCLE: bool = True  # the rate rises and is annealed to 0 in each experience (Smith & Topin)
@@ -115,7 +115,7 @@ def experiment(
 
     :param images: the data set; without its tensors it is loaded here.
     :param name: name in tables and figures; empty: that of the strategy.
-    :param make_generator: see `make_scholar`; its name is part of that of the run.
+    :param make_generator: see `make_scholar`; the name of the run depends on its name.
     :return: the record, with the `folder` it lies in.
     """
     with Run(constants, images, strategy, seed, name, make_generator.__name__) as run:
@@ -136,12 +136,12 @@ def experiment(
             metrics = scholar.eval(benchmark.test_stream)
             accuracies = report.by_experience(metrics, "Top1_Acc_Exp")
             run.record["accuracy_matrix"].append(accuracies)
-            known = report.task_accuracies(scholar.model, benchmark.test_stream)
-            run.record["task_accuracy_matrix"].append(known)
+            task_accuracies = report.task_accuracies(scholar.model, benchmark.test_stream)
+            run.record["task_accuracy_matrix"].append(task_accuracies)
             for what, losses in loss_curves(scholar).items():
                 run.arrays[f"{what}_loss"].append(losses)
             if isinstance(scholar, GenerativeReplay):
-                with torch.random.fork_rng():  # to look changes nothing
+                with torch.random.fork_rng():  # pictures must not change the training
                     samples = samples_per_class(scholar, run.record["label_order"])
                 run.arrays["samples"].append(samples)
             so_far = mean(accuracies[: experience.current_experience + 1])
@@ -168,7 +168,7 @@ def make_scholar(
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param benchmark: the stream that it will learn.
-    :param strategy: without replay there is no generator.
+    :param strategy: only `replay` trains the generator; `er` is given the memory that it takes.
     :param make_generator: makes the strategy that trains the generator, with the arguments of
         `make_generator_strategy`; figures/generators.py has others.
     :param logs: folder for the logs of TensorBoard.
@@ -278,7 +278,7 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
 
 def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:
     """Return the latest experience's losses of solver and generator, shape (iterations,)."""
-    strategies = with_generator(scholar)  # a user's may have no plugins
+    strategies = with_generator(scholar)  # that of another generator may have no plugins
     plugins = [plugin for each in strategies for plugin in getattr(each, "plugins", [])]
     recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
     return {recorder.name: torch.tensor(recorder.losses) for recorder in recorders}

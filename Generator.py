@@ -137,7 +137,7 @@ def experiment(images: data.Images, constants: Constants, seed: int) -> None:
                 metrics = strategy.eval(benchmark.test_stream)
                 losses = report.by_experience(metrics, "Loss_Exp")
                 run.record["loss_matrix"].append(losses)
-                with torch.random.fork_rng():  # to look changes nothing
+                with torch.random.fork_rng():  # pictures must not change the training
                     run.arrays["samples"].append(generator.generate(20).cpu())
                 run.arrays["reconstructions"].append(generator.reconstruct(originals).cpu())
                 loss = losses[experience.current_experience]

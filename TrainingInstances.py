@@ -1,8 +1,18 @@
 """The training strategies of the scholar, on Avalanche's `SupervisedTemplate`.
 
-`DeepGenerativeReplayPlugin` extends each minibatch by samples of the past, `ReplayTemplate` weighs
-present against past. On them stand `GenerativeReplay`, the strategy that trains the solver, and
-`VAETraining`, the strategy that trains the generator.
+`GenerativeReplay` trains the solver and `VAETraining` the generator (not to be confused with
+Avalanche's of the same names). Each has a `DeepGenerativeReplayPlugin` of its own, which extends
+its minibatches by samples of the past. `ReplayTemplate`, on which both stand, weighs real against
+replayed images.
+
+An experience: the plugin of the solver copies solver and generator (`before_training_exp`), then
+the solver trains. In each iteration the plugin adds samples of the copies to the minibatch
+(`before_training_iteration`), the template computes the weighted loss (`criterion`), and after the
+step the plugin takes the samples out again (`after_update`). At the end it drops the copies and has
+the generator trained on the experience in the same way (`after_training_exp`).
+
+Carried to the next experience are the weights of both, the density of the latents, the classes
+seen, and the number of experiences. Copies, samples, gradients and moments of Adam are dropped.
 """
 
 import math
@@ -15,6 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.random import fork_rng
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import figures.lab  # noqa: F401  # filters two warnings of Avalanche's
@@ -49,7 +60,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     Before an experience the base class copies solver and generator as `old_model` and
     `old_generator`. In each iteration the old generator generates images, the old solver labels
     them with the classes seen so far, and they are concatenated to the current minibatch (Shin et
-    al. 2017, arXiv 1705.08690, section 3.1). Then the generator is trained on the experience.
+    al. 2017, arXiv 1705.08690, section 3.1). After the experience the generator is trained on it.
 
     The base class, Avalanche's `GenerativeReplayPlugin`,
 
@@ -59,16 +70,16 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     - increases that number linearly, where its docstring says double, and not at all if
       `replay_size` is set;
     - counts replayed samples in the training accuracy;
-    - leaves the generator's training to `TrainGeneratorAfterExpPlugin`, which passes over the
-      generator of a subclass.
+    - leaves the generator's training to `TrainGeneratorAfterExpPlugin`, which doesn't train it if
+      the plugin is a subclass.
 
     :param generator_strategy: strategy that trains the generator, with replay: it has a
-        `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: the model that is
-        trained is itself the generator.
-    :param replay_size: replayed samples in a minibatch; None: as many as real ones for each
-        experience learned, so that the gradient of the past gets no noisier as it gets a larger
-        weight (a generator does with as many as real ones); 0: none.
-    :param increasing_replay_size: double that number at each experience after the second.
+        `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: this
+        plugin is the generator's own.
+    :param replay_size: replayed samples beside n real ones, at the k-th experience; 0: none; None:
+        n·(k - 1) for the solver, n for the generator. The past weighs more and more (see `ratio`),
+        and its gradient shouldn't get noisier by that.
+    :param increasing_replay_size: double it at each experience after the second instead; None is n.
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
         2015, arXiv 1503.02531, eq. 1); None: hard labels.
@@ -76,7 +87,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
-    DRAWS = 5  # of an image, at most, until the old solver sees the class that it was drawn for
+    DRAWS = 5  # tries for each image, at most, to get the class that was asked for
     saved = ("seen_classes", "untrained_solver")  # in the state of a run
 
     def __init__(
@@ -103,7 +114,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
     def amount(self, n_real: int, experiences: int) -> int:
-        """Count the replayed samples beside n real ones, after some experiences (at least one)."""
+        """Count the replayed samples beside n real ones, after k - 1 experiences (k > 1)."""
         if self.increasing_replay_size:
             first = n_real if self.replay_size is None else self.replay_size
             return first * 2 ** (experiences - 1)
@@ -112,7 +123,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         return self.replay_size
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Copy and freeze the old scholar, whatever an interrupted experience has left."""
+        """Copy the old scholar, if there is one, and drop what an interruption has left."""
         self.release_old_scholar()
         super().before_training_exp(strategy, **kwargs)
         done = strategy.clock.train_exp_counter
@@ -122,8 +133,10 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate samples of the old scholar to the minibatch."""
+        if self.untrained_solver:
+            return
         amount = self.amount(len(strategy.mb_x), strategy.clock.train_exp_counter)
-        if self.untrained_solver or amount == 0:
+        if amount == 0:
             return
         if self.ahead is None or len(self.ahead.x) < amount:
             # The old scholar stays the same, so it generates for many minibatches at once.
@@ -139,9 +152,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     def sample(self, count: int, generator: GenerativeModel, solver: Module | None) -> Samples:
         """Generate images of the learned experiences, and label them.
 
-        A generator that can be asked for classes is asked for each equally often. An image in which
-        the old solver sees another class is drawn again: else classes of few images, whose density
-        is wide, are hardly replayed.
+        A generator that can be asked for classes is asked for each with the same chance. An image
+        in which the old solver sees another class is drawn again: few training images make a wide
+        density, and most of its samples look like other classes.
 
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
@@ -185,9 +198,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.replayed = None
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Release the old scholar, and train the generator on the experience too."""
+        """Release the old scholar; if this is the solver's plugin, have the generator trained."""
         self.release_old_scholar()
-        strategy.optimizer.zero_grad()  # the last gradient can show an image
+        strategy.optimizer.zero_grad()  # a training image can be recognised in the last gradient
         if not self.model_is_generator:
             self.generator_strategy.train(strategy.experience, **kwargs)
             new_classes = strategy.experience.dataset.targets.uniques
@@ -230,8 +243,8 @@ class ReplayTemplate(SupervisedTemplate):
 
     Without replay it is plain fine-tuning. For another loss override `loss_per_image`.
 
-    :param replay_plugin: plugin that extends the minibatches, by `n_replayed` images, which it
-        weighs by its `ratio`; None: no replay.
+    :param replay_plugin: plugin that extends the minibatches, by `n_replayed` images; its `ratio`
+        is that of the loss. None: no replay.
     :param iterations: minibatches in an epoch, whatever the size of the experience, as in van de
         Ven et al.; None: one pass through it, as in Avalanche.
     :param bfloat16: train in mixed precision (Kalamkar et al. 2019, arXiv 1905.12322): matrix
@@ -278,6 +291,11 @@ class ReplayTemplate(SupervisedTemplate):
         """Compute the loss of each image in the minibatch, shape (batch,)."""
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
+    def eval(self, *args, **kwargs):
+        """Evaluate without random numbers of the training: to look changes nothing."""
+        with fork_rng([self.device] if self.device.type == "cuda" else []):
+            return super().eval(*args, **kwargs)
+
     def training_epoch(self, **kwargs):
         """Train on the minibatches, in bfloat16 if wanted."""
         kind = self.device.type, torch.bfloat16, self.bfloat16
@@ -296,18 +314,15 @@ class ReplayTemplate(SupervisedTemplate):
         self.dataloader = self.load(rows, self.train_mb_size, **kwargs)
 
     def make_eval_dataloader(self, shuffle: bool = False, **kwargs):
-        """Load the data once, in order: it makes no difference to the mean over all of it."""
+        """Load the data once, in order; `shuffle` is ignored, as order doesn't change a mean."""
         self.dataloader = self.load(range(len(self.adapted_dataset)), self.eval_mb_size, **kwargs)
 
     def load(
         self, rows: Iterable[int], size: int, drop_last: bool = False, num_workers: int = 0
     ) -> DataLoader:
-        """Load minibatches of some rows of the data.
-
-        The loader has random numbers of its own, so that evaluation takes none from training.
-        """
-        data, own = self.adapted_dataset, torch.Generator()
-        options = {"num_workers": num_workers, "generator": own}
+        """Load minibatches of some rows of the data."""
+        data = self.adapted_dataset
+        options = {"num_workers": num_workers, "generator": torch.Generator()}
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
             minibatches = BatchSampler(rows, size, drop_last)
@@ -340,7 +355,7 @@ class GenerativeReplay(ReplayTemplate):
 
 
 class VAETraining(ReplayTemplate):
-    """Train a `VAE` along a stream, each experience with replay of its past.
+    """Train a `VAE` along a stream, each experience with replay of the earlier ones.
 
     :param model: the VAE.
     :param replay_plugin: a `ReplayAlignmentPlugin` if the VAE has a density.
@@ -354,10 +369,9 @@ class VAETraining(ReplayTemplate):
         super().__init__(model=model, **base_kwargs)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode and decode images; of aligned ones only decode the latents.
+        """Encode and decode images; of replayed ones with known latents only decode these.
 
-        :return: as `VAE.forward`, but z_mean and z_log_var of real images alone if the others are
-            aligned.
+        :return: as `VAE.forward`, but then z_mean and z_log_var are of real images alone.
         """
         n = self.n_real
         if n == len(self.mb_x) or self.replay_plugin.replayed.z is None:
@@ -367,11 +381,15 @@ class VAETraining(ReplayTemplate):
         return self.model.decode(z), z_mean, z_log_var
 
     def loss_per_image(self) -> Tensor:
-        """Compute the negative ELBO of each image, of aligned ones its reconstruction error."""
-        logits, z_mean, z_log_var = self.mb_output
-        n = len(z_mean)
-        real = negative_elbo(self.mb_x[:n], (logits[:n], z_mean, z_log_var), self.kl_weight)
-        return torch.cat([real, reconstruction_error(self.mb_x[n:], logits[n:])])
+        """Compute the negative ELBO of each image, but of those with known latents the first term.
+
+        :return: losses, shape (batch,).
+        """
+        x, (logits, z_mean, z_log_var) = self.mb_x, self.mb_output
+        encoded = len(z_mean)
+        output = logits[:encoded], z_mean, z_log_var
+        losses = negative_elbo(x[:encoded], output, self.kl_weight)
+        return torch.cat([losses, reconstruction_error(x[encoded:], logits[encoded:])])
 
 
 # --- Plugins that go with them --------------------------------------------------------------------
@@ -394,7 +412,7 @@ class OneCyclePlugin(SupervisedPlugin):
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Begin a cycle, whatever an interrupted experience has left."""
+        """Begin a cycle, and drop what an interruption has left."""
         strategy.optimizer.state.clear()
         iterations = strategy.train_epochs * len(strategy.dataloader)
         self.schedule = OneCycleLR(
