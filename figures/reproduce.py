@@ -17,7 +17,7 @@ from torchvision.datasets import MNIST
 from figures import draw
 from figures.ablation import PLAIN_DGR
 from figures.lab import report
-from figures.lab.constants import UserError, run_command
+from figures.lab.constants import UserError, run_command, unknown
 from figures.lab.runs import save_record
 from Generator import DATA_DIR
 
@@ -64,8 +64,8 @@ RUNS = {
 def main() -> None:
     """Run the commands, write their means, and draw the figure that needs two of them."""
     names = sys.argv[1:] or list(RUNS)
-    if unknown := set(names) - RUNS.keys():
-        raise UserError(f"{min(unknown)!r} isn't one of {', '.join(RUNS)}")
+    for name in set(names) - RUNS.keys():
+        raise UserError(unknown(name, RUNS))
     path = Path("figures", "results.json")
     for name in names:
         if "inverted" in name and not INVERTED.exists():

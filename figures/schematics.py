@@ -148,14 +148,14 @@ def vae() -> Picture:
         p.words(x, at - 79, "ReLU" if units == 400 else "")
     image, noise = p.sheets(792, y, "image", REPLAYED, width=46), p.dot(402, 32, "ε", RANDOM)
     sample = p.box(402, y, "reparametrize\n\n\n", 140, 132)
-    mixtures = p.box(504, 290, "ClassConditionalGMM\n10 Gaussians per class", 0, 48, REPLAYED)
+    mixtures = p.box(504, 290, "ClassConditionalGMM\n100 Gaussians per class", 0, 48, REPLAYED)
     p.words(402, y + 18, "z_mean + σ · ε\nσ = exp(½ z_log_var)")
     p.words(424, 32, "from N(0, I)", "left")
     p.names(
         (294, 69, "z_log_var"), (256, 229, "z_mean"), (504, 114, "z"), (690, 36, "logits"),
         (157, 268, "encoder"), (632, 268, "decoder"), (735, 135, "sigmoid"), (352, 278, "fit"),
         (528, 224, "sample"), (221, 352, "HIDDEN_UNITS = 400"), (394, 352, "LATENT_SIZE = 32"),
-        (589, 352, "MIXTURE_COMPONENTS = 10"),
+        (589, 352, "MIXTURE_COMPONENTS = 100"),
     )  # fmt: skip
     p.link("h", p.sheets(36, y, "x", CURRENT), bars[0])
     p.link("h", bars[3], sample, bars[5])

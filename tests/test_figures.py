@@ -53,6 +53,7 @@ def make_runs(folder, names, experiences, seeds=(0,), **arrays):
             "experiences": [f"permutation {i}" for i in range(experiences)] if permuted else groups,
             "classes": names, "label_order": list(range(count)), "seconds": 1.0,
             "accuracy_matrix": matrix.tolist(), "final_accuracy": matrix[-1].mean(),
+            "task_accuracy_matrix": matrix.tolist(), "final_task_accuracy": matrix[-1].mean(),
             "forgetting": 0.1, "confusion_matrix": (9 * np.eye(count, dtype=int) + 1).tolist(),
         }  # fmt: skip
         (path / "results.json").write_text(json.dumps(record))
