@@ -260,7 +260,8 @@ def replay() -> Picture:
         both = SimpleNamespace(x=534, y=y, width=54, height=0)
         model, loss = p.box(625, y, learner, 78), p.box(784, y, "loss")
         current = p.box(700, now, f"current\n{criterion}", 112, 46)
-        replayed = p.box(700, past, f"replayed\n{criterion}", 112, 46)
+        past_loss = "reconstruction" if criterion == "negative_elbo" else criterion
+        replayed = p.box(700, past, f"replayed\n{past_loss}", 112, 46)
         p.link("h", source, made, teacher, target, replayed, colour=REPLAYED)
         p.link("vh", made, known, colour=REPLAYED)
         p.link("h", both, model)
