@@ -45,7 +45,8 @@ def test_every_picture_is_shown():
 
 def test_the_readme_stays_short_and_its_numbers_are_filled_in():
     assert len(TEXT.split()) <= 1600
-    assert [line for line in (TEXT + NOTES).splitlines() if len(line) > 120] == []
+    prose = [line for line in NOTES.splitlines() if not line.startswith("|")]
+    assert [line for line in TEXT.splitlines() + prose if len(line) > 120] == []
     assert not re.search(r"@\w", TEXT.split("```bibtex")[0])
 
 
