@@ -50,7 +50,7 @@ LONG = f"{WIDE} --iterations 5000 --batch-size 128 --replay-size 128 --learning-
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
 PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
 RUNS = {
-    "mnist": f"{ALL} {TEN}",
+    "mnist": f"{ALL} {SEEDS}",
     "plain": f"GenerativeReplay.py {as_options(PUBLISHED)} {TEN}",
     "ablation": f"-m figures.ablation {SEEDS}",
     **{name: f"{ALL} {SEEDS} {stream}" for name, stream in STREAMS.items()},

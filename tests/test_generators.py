@@ -224,7 +224,7 @@ def test_critic_and_generator_alternate_as_with_two_optimizers_by_hand():
     stream = data.in_memory_benchmark(experiences, experiences).train_stream
     train(generators.WGANTraining, ours, stream, n_critic=3, iterations=8)
     torch.manual_seed(1)
-    torch.empty(2, dtype=torch.int64).random_()  # seeds of the data loader and of its sampler
+    torch.empty((), dtype=torch.int64).random_()  # the seed of the sampler
     critic, generator = (torch.optim.Adam(p.parameters()) for p in (wgan.critic, wgan.generator))
     for i in range(1, 9):
         critic.zero_grad()

@@ -326,7 +326,8 @@ def test_without_replay_it_is_fine_tuning(stream):
 
 
 def amount(**replay):
-    return DeepGenerativeReplayPlugin(**replay).amount
+    generator = SimpleNamespace(model=VAE(SHAPE))
+    return DeepGenerativeReplayPlugin(generator, **replay).amount
 
 
 @pytest.mark.parametrize(
