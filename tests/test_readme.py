@@ -84,7 +84,8 @@ def test_numbers_are_those_of_the_results():
         name: {
             f"{100 * row[key]['mean']:.2f} ± {100 * row[key]['standard_error']:.2f}"
             for row in rows.values()
-            for key in ("final_accuracy", "forgetting")
+            for key in ("final_accuracy", "final_task_accuracy", "forgetting")
+            if key in row
         }
         for name, rows in summary.items()
     }
