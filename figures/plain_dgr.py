@@ -106,6 +106,7 @@ def one_cycle(model, constants):
     )  # fmt: skip
 
     def step(loss):
+        """Descend the gradient of a loss, and go on in the cycle."""
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
