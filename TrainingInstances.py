@@ -200,7 +200,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Release the old scholar; if this is the solver's plugin, have the generator trained."""
         self.release_old_scholar()
-        strategy.optimizer.zero_grad()  # a training image can be recognised in the last gradient
+        strategy.optimizer.zero_grad()  # the last gradient is made of training images
         if not self.model_is_generator:
             self.generator_strategy.train(strategy.experience, **kwargs)
             new_classes = strategy.experience.dataset.targets.uniques
@@ -398,11 +398,11 @@ class VAETraining(ReplayTemplate):
 class OneCyclePlugin(SupervisedPlugin):
     """Raise the learning rate and anneal it to 0, in one cycle for each experience.
 
-    Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate within
-    15 % of the iterations, then down along a cosine. Adam's first steps are as long as the learning
-    rate, whatever the gradient; without the rise they destroy much of what the model has learned.
+    After Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate
+    within 15 % of the iterations, then down along a cosine, as torch does it. Adam's first steps
+    are as long as the learning rate, however small the gradient; the rise keeps them short.
     Adam's moments are reset at the end of each experience: they are of its last small gradients,
-    and training images can be recognised in them.
+    which are made of training images.
 
     :param optimizer: the strategy's optimizer.
     """

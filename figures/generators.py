@@ -2,7 +2,7 @@
 
 `python -m figures.generators vae cvae wgan-gp --n-jobs 2 --seeds 0 1 2 --results-dir
 results/generators`: names of `GENERATORS` (all, if none is given), then any option of
-GenerativeReplay.py. The Wasserstein GAN is that of Shin et al. 2017; `Gaussians` is a generator
+GenerativeReplay.py. Shin et al. 2017 used a Wasserstein GAN like ours; `Gaussians` is a generator
 without any network.
 """
 
@@ -115,7 +115,7 @@ def make_cvae_strategy(benchmark: CLScenario, constants: Constants, **replay) ->
 
 
 class WGAN(GenerativeModel):
-    """Learn images with a fully connected Wasserstein GAN, the generator of Shin et al. 2017.
+    """Learn images with a fully connected Wasserstein GAN, as used by Shin et al. 2017.
 
     The critic learns to score real images higher than generated ones, the generator to be scored
     high (Arjovsky et al. 2017, arXiv 1701.07875). Both have two hidden layers, like the halves of

@@ -1,7 +1,8 @@
 """Deep Generative Replay in one plain loop, without Avalanche: `python -m figures.plain_dgr`.
 
 It learns scikit-learn's digits, two at a time, as GenerativeReplay.py does by default, and ends
-with the same weights (a test says so): this is all that the strategies compute.
+with the same weights (a test says so): this is all that the strategies compute. What the tables
+call plain DGR is something else, the method without the components of the default recipe.
 """
 
 import copy
@@ -28,7 +29,7 @@ def plain_dgr(solver, vae, experiences, constants):
     for k, (x, y) in enumerate(experiences, 1):
         old_solver, old_vae = copy.deepcopy(solver).eval(), copy.deepcopy(vae).eval()
         solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
-        r = 1 / k  # weight of the current data (Shin et al. 2017, eq. 1)
+        r = 1 / k  # of Shin et al. 2017, eq. 1; 1/k is the choice of van de Ven & Tolias 2018
 
         step, many = one_cycle(solver, constants), size * (k - 1)
         past = labelled_replay(old_vae, old_solver, seen, temperature, many)

@@ -51,7 +51,7 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
 
 
 class ExperienceReplayPlugin(SupervisedPlugin):
-    """Extend each minibatch by stored real images, as many and weighted as those of `replay`.
+    """Extend each minibatch by stored real images, as many as `replay` replays, with the same r.
 
     They keep their labels, where replayed ones get soft targets.
     A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
