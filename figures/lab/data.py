@@ -208,6 +208,7 @@ def make_benchmark(images: Images, constants: Constants):
 
     :return: an Avalanche benchmark with `train_stream` and `test_stream`, equally long.
     """
+
     def split(x, y):
         """Divide images and labels among the experiences."""
         if constants.SCENARIO == "permuted":  # Shin et al. 2017, section 4.1
