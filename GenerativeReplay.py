@@ -6,7 +6,7 @@ again, only generated. Out come table, figures and files of results.
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -16,8 +16,10 @@ from figures.lab.constants import (
     Distinct,
     Seed,
     Share,
+    UserError,
     read_options,
     run_command,
+    unknown,
 )
 
 Strategy = Literal["replay", "naive", "joint", "er"]
@@ -173,7 +175,10 @@ def make_scholar(
         `make_generator_strategy`; figures/generators.py has others.
     :param logs: folder for the logs of TensorBoard.
     :return: a `GenerativeReplay` strategy, or a `ReplayTemplate`; its `model` is the solver.
+    :raises UserError: if the name of the strategy is unknown.
     """
+    if strategy not in get_args(Strategy):
+        raise UserError(unknown(strategy, get_args(Strategy)))
     solver = make_solver(benchmark, constants)
     arguments = training_arguments("solver", solver, constants)
     arguments["evaluator"] = make_evaluator(logs)

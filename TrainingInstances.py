@@ -15,6 +15,7 @@ Carried to the next experience are the weights of both, the density of the laten
 seen, and the number of experiences. Copies, samples, gradients and moments of Adam are dropped.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.model_is_generator = generator_strategy is None
         self.ratio, self.temperature = ratio, temperature
         self.seen_classes: list[int] = []
+        self.kept: dict[Module, Module] = {}  # solver and generator before the experience
         self.release_old_scholar()
 
     def release_old_scholar(self) -> None:
@@ -122,6 +124,24 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             return n_real if self.model_is_generator else n_real * experiences
         return self.replay_size
 
+    def before_training(self, strategy: SupervisedTemplate, *args, **kwargs):
+        """Take back what an interrupted call has learned of an experience."""
+        super().before_training(strategy, *args, **kwargs)
+        for model, kept in self.kept.items():
+            vars(model).update(vars(kept))  # the whole module: its head may have grown
+        if self.kept and not self.model_is_generator:
+            text = "the last training was interrupted; its experience counts as not learned"
+            warnings.warn(text, stacklevel=2)
+        self.keep_models(strategy)
+
+    def keep_models(self, strategy: SupervisedTemplate) -> None:
+        """Copy solver and generator, to begin again from if the training is interrupted."""
+        self.kept = {model: copy.deepcopy(model) for model in (strategy.model, self.generator)}
+
+    def after_training(self, strategy: SupervisedTemplate, **kwargs):
+        """Forget the copies: nothing was interrupted."""
+        self.kept = {}
+
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Copy the old scholar, if there is one, and drop what an interruption has left."""
         self.release_old_scholar()
@@ -132,7 +152,15 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             warnings.warn(text, stacklevel=2)
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
-        """Concatenate samples of the old scholar to the minibatch."""
+        """Concatenate samples of the old scholar to the minibatch.
+
+        :raises ValueError: if the experience begins with pixels outside of [0, 1].
+        """
+        if strategy.clock.train_exp_iterations == 0:
+            low, high = strategy.mb_x.aminmax()
+            if low < 0 or high > 1:
+                text = f"pixels lie in [{low:.2f}, {high:.2f}] and have to lie in [0, 1], as "
+                raise ValueError(text + "generated ones do: divide by 255, leave Normalize out")
         if self.untrained_solver:
             return
         amount = self.amount(len(strategy.mb_x), strategy.clock.train_exp_counter)
@@ -206,6 +234,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             new_classes = strategy.experience.dataset.targets.uniques
             self.seen_classes = sorted({*self.seen_classes, *map(int, new_classes)})
         super().after_training_exp(strategy, **kwargs)  # from now on there is a past to replay
+        self.keep_models(strategy)
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
@@ -306,7 +335,7 @@ class ReplayTemplate(SupervisedTemplate):
         """Load `iterations` minibatches, or go through the data once.
 
         :param shuffle: random order; else that of the data, from its beginning again if need be.
-        :param kwargs: drop_last, num_workers, as for torch's `DataLoader`.
+        :param kwargs: drop_last, num_workers, ..., as for torch's `DataLoader`.
         """
         data, count = self.adapted_dataset, self.iterations and self.iterations * self.train_mb_size
         in_order = torch.arange(count or len(data)) % len(data)
@@ -318,17 +347,16 @@ class ReplayTemplate(SupervisedTemplate):
         self.dataloader = self.load(range(len(self.adapted_dataset)), self.eval_mb_size, **kwargs)
 
     def load(
-        self, rows: Iterable[int], size: int, drop_last: bool = False, num_workers: int = 0
+        self, rows: Iterable[int], size: int, drop_last: bool = False, **options
     ) -> DataLoader:
         """Load minibatches of some rows of the data."""
-        data = self.adapted_dataset
-        options = {"num_workers": num_workers, "generator": torch.Generator()}
+        data, options["generator"] = self.adapted_dataset, torch.Generator()
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
             minibatches = BatchSampler(rows, size, drop_last)
             return DataLoader(tensors, None, sampler=minibatches, **options)
-        options["collate_fn"] = data.collate_fn
-        return DataLoader(data, size, sampler=rows, drop_last=drop_last, **options)
+        options |= {"collate_fn": data.collate_fn, "drop_last": drop_last}
+        return DataLoader(data, size, sampler=rows, **options)
 
 
 class GenerativeReplay(ReplayTemplate):

@@ -152,6 +152,10 @@ def test_any_benchmark_in_memory():
     assert scholar.replay_plugin.seen_classes == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="leave Normalize out"):
         load_in_memory(stock_benchmark(Normalize([0.5], [0.5])))
+    with pytest.raises(ValueError, match="train stream, experience 1: .* is ToTensor among"):
+        load_in_memory(nc_benchmark(Pictures(), Pictures(), 2, task_labels=False))
+    with pytest.raises(ValueError, match="did you mean joint"):
+        GenerativeReplay.make_scholar(ours, CONSTANTS, "jiont")
 
 
 @needs_mnist

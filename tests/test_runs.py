@@ -158,7 +158,12 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     words = options(ITERATIONS=5)
     assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
     state = wait_for_state(tmp_path)
-    (state.parent / "results.json").unlink()  # as if it had been killed before its end
+    record = state.with_name("results.json")
+    for content in "", "{}", "[1]":
+        record.write_text(content)
+        done = run("GenerativeReplay.py", *words, cwd=tmp_path)
+        assert done.returncode == 2 and "results.json can't be read" in one_line(done.stderr)
+    record.unlink()  # as if it had been killed before its end
     good, saved, foreign = state.read_bytes(), runs.read_state(state), tmp_path / "foreign"
     torch.save(saved | {"run": saved["run"][:-1] + "1"}, foreign)
     bad = [good[: len(good) // 2], b"", pickle.dumps(Trap()), b"<!DOCTYPE html>"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 from torch.distributions import Bernoulli
@@ -369,30 +370,62 @@ def test_same_seed_same_numbers_also_after_an_interruption(stream, settings):
     assert whole.plugins[1].losses == resumed.plugins[1].losses
 
 
+HOOKS = ["before_training_exp", "before_training_iteration", "after_forward", "after_backward",
+         "after_update", "after_training_epoch", "after_training_exp"]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("interrupted", [0, 1], ids=["solver", "generator"])
-def test_what_is_interrupted_in_an_experience_leaves_nothing_behind(stream, interrupted):
-    scholars = [make_scholar(seed, iterations=9, components=2) for seed in (3, 4)]
+def test_an_interrupted_experience_counts_as_not_learned(stream, interrupted, hook):
+    scholars = [make_scholar(3, iterations=4, components=2) for _ in range(2)]
     for scholar, *_ in scholars:
         for strategy in runs.with_generator(scholar):
             strategy.plugins.append(instances.OneCyclePlugin(strategy.optimizer))
+        torch.manual_seed(0)
+        scholar.train(stream[0])
     (scholar, *spies), (fresh, *_) = scholars
-    scholar.train(stream[0])
-    spy = spies[interrupted]
+    spy, before = spies[interrupted], parameters(scholar)
 
     def interrupt(strategy, **kwargs):
-        if len(spy.notes) == 13:  # the fourth iteration of the second experience
+        if hook != "after_update" or len(spy.notes) == 7:  # the third iteration of the second
             raise KeyboardInterrupt
 
-    spy.after_update = interrupt  # before the replayed samples are taken out again
+    setattr(spy, hook, interrupt)
     with pytest.raises(KeyboardInterrupt):
         scholar.train(stream[1])
-    carry_over(scholar, fresh)
+    delattr(spy, hook)
+    with pytest.warns(UserWarning, match="counts as not learned"):
+        scholar.train([])
+    assert parameters(scholar).equal(before)
     for each in (scholar, fresh):
         torch.manual_seed(1)
         each.eval(stream[:2])
-        each.train(stream[1])
+        each.train(stream[1:])
     assert parameters(scholar).equal(parameters(fresh))
     assert scholar.plugins[1].losses == fresh.plugins[1].losses
+
+
+def test_a_head_that_has_grown_shrinks_after_an_interruption(stream):
+    scholar, spy, _ = make_scholar(iterations=2)
+    scholar.model = nn.Sequential(nn.Flatten(), IncrementalClassifier(16, masking=False))
+    scholar.train(stream[0])
+    sizes = [scholar.model[1].classifier.out_features]
+    spy.after_update = lambda strategy, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        scholar.train(stream[2])
+    del spy.after_update
+    with pytest.warns(UserWarning, match="counts as not learned"):
+        scholar.train(stream[1])
+    assert [*sizes, scholar.model[1].classifier.out_features] == [7, 7]
+
+
+def test_pixels_outside_of_0_to_1_are_refused():
+    pair = [images_of(EXPERIENCES[0])]
+    (experience,) = in_memory_benchmark(pair, pair).train_stream
+    experience.dataset.tensors[0].mul_(255)
+    scholar, *_ = make_scholar()
+    with pytest.raises(ValueError, match="have to lie in"):
+        scholar.train(experience)
 
 
 def test_evaluation_draws_no_random_numbers(stream):

@@ -339,8 +339,13 @@ def checked_images(x: Tensor) -> Tensor:
 
     :raises ValueError: if they aren't floats in [0, 1], shape (n, C, H, W).
     """
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"images have shape {(*x.shape,)}, not (n, channels, height, width)")
+    shape = (*x.shape,)
+    if x.ndim != 4:
+        raise ValueError(f"images have shape {shape}, not (n, channels, height, width)")
+    if 0 in shape:
+        raise ValueError(f"there are no images, or they are empty: shape {shape}")
+    if shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
+        raise ValueError(f"images have shape {shape}: put channels first, .permute(0, 3, 1, 2)")
     if not (x.is_floating_point() or x.dtype == torch.bool):
         raise ValueError(f"images are {x.dtype}, not floats in [0, 1]: divide 8 bits by 255")
     x = x.float()
@@ -349,7 +354,7 @@ def checked_images(x: Tensor) -> Tensor:
     if x.min() < 0 or x.max() > 1:
         raise ValueError(
             f"pixels lie in [{x.min():.2f}, {x.max():.2f}] and have to lie in [0, 1]: "
-            "leave Normalize out of the transforms, solver and generator normalize"
+            "divide by 255, leave Normalize out of the transforms (solver and generator normalize)"
         )
     return x
 
@@ -388,17 +393,21 @@ def tensors_of(experience: DatasetExperience) -> tuple[Tensor, Tensor, Tensor]:
 
     What isn't from `in_memory_benchmark`, or is a subset, is loaded sample by sample.
 
-    :raises ValueError: if there are no images.
+    :raises ValueError: if there are no images, or other objects than tensors.
     """
     dataset = experience.dataset
     if hasattr(dataset, "tensors"):
         return dataset.tensors
+    stream, number = experience.origin_stream.name, experience.current_experience + 1
+    place = f"{stream} stream, experience {number}"
     if len(dataset) == 0:
-        stream, number = experience.origin_stream.name, experience.current_experience + 1
-        raise ValueError(f"{stream} stream, experience {number}: there are no images")
+        raise ValueError(f"{place}: there are no images")
     # A generator of its own, or loading would draw a number from the one that training uses.
     loader = DataLoader(
         dataset, len(dataset), collate_fn=dataset.collate_fn, generator=torch.Generator()
     )
-    x, y, *task_labels = next(iter(loader))
+    try:
+        x, y, *task_labels = next(iter(loader))
+    except TypeError as error:
+        raise ValueError(f"{place}: {error}; is ToTensor among the transforms?") from error
     return x, y, task_labels[0] if task_labels else torch.zeros_like(y)

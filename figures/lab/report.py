@@ -1,7 +1,6 @@
 """The numbers of a run, and the statistics of several runs."""
 
 import csv
-import json
 import math
 from io import StringIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn import Module
 
 from figures.lab.constants import UserError
 from figures.lab.data import tensors_of
+from figures.lab.runs import read_record
 
 # --- One run --------------------------------------------------------------------------------------
 
@@ -75,12 +75,8 @@ def read_runs(folder: Path) -> list[dict]:
     once.
     """
     files = sorted(folder.glob("*/results.json")) or sorted(folder.rglob("results.json"))
-    runs = []
-    for path in {file.parent.name: file for file in files}.values():
-        try:
-            runs.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent})
-        except ValueError as error:
-            raise UserError(f"{path} can't be read ({error}); move it away") from error
+    files = {file.parent.name: file for file in files}.values()
+    runs = [read_record(path) | {"folder": path.parent} for path in files]
     if not runs:
         raise UserError(f"there is no results.json in or below {str(folder)!r}")
     return named_apart(runs)

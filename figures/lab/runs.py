@@ -132,7 +132,7 @@ class Run:
         if self.finished:
             say(f"{self.title}: finished already, in {self.folder}")
             now = {key: self.record[key] for key in ("name", "notice")}
-            self.record = json.loads(self.path.read_text(encoding="utf-8")) | now
+            self.record = read_record(self.path) | now
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -259,6 +259,21 @@ def atomic(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} can't be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict:
+    """Read the record of a finished run.
+
+    :raises UserError: if it is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if {"name", "dataset", "seed", "constants"} <= set(record):
+            return record
+        reason = "it isn't the record of a run"
+    except (ValueError, TypeError) as error:
+        reason = error
+    raise UserError(f"{path} can't be read ({reason}); move it away")
 
 
 def save_record(path: Path, record: dict) -> None:
