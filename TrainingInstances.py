@@ -299,8 +299,8 @@ class ReplayTemplate(SupervisedTemplate):
     def criterion(self) -> Tensor:
         """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed), eq. 1.
 
-        Each L is a mean over images, so that r decides how much the past matters; the number of
-        replayed images only decides how noisy its gradient is.
+        Each L is a mean over images: the number of replayed ones doesn't decide how much the past
+        matters, but how noisy its gradient is.
         """
         losses, n = self.loss_per_image(), self.n_real
         if n == len(losses):

@@ -52,7 +52,7 @@ PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
 RUNS = {
     "mnist": f"{ALL} {SEEDS}",
     "plain": f"GenerativeReplay.py {as_options(PUBLISHED)} {TEN}",
-    "ablation": f"-m figures.ablation {SEEDS} --iterations 400",  # of 72 runs
+    "ablation": f"-m figures.ablation {SEEDS} --iterations 400",  # of 25 rows
     **{name: f"{ALL} {SEEDS} {stream}" for name, stream in STREAMS.items()},
     **{f"{name}-plain": f"{PLAIN} {SEEDS} {stream}" for name, stream in STREAMS.items()},
     "permuted-wide": f"{ALL} {SEEDS} {WIDE}",
