@@ -156,7 +156,9 @@ def title(what: str, runs: list[dict], longest: int = 66) -> str:
     parts.append(seeds if counts[-1] > 1 else f"seed {runs[0]['seed']}")
     if any(run["constants"]["VALIDATION_SIZE"] for run in runs):
         parts.append("validation images")
-    lines = [f"{what} ({', '.join(parts)})", *sorted({r["notice"] for r in runs} - {""})]
+    of_runs = f"({', '.join(parts)})"
+    lines = [f"{what} {of_runs}"] if len(what + of_runs) < longest else [what, of_runs]
+    lines += sorted({run["notice"] for run in runs} - {""})
     return "\n".join(fill(line, longest) for line in lines)
 
 
