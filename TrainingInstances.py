@@ -12,7 +12,8 @@ step the plugin takes the samples out again (`after_update`). At the end it drop
 the generator trained on the experience in the same way (`after_training_exp`).
 
 Carried to the next experience are the weights of both, the density of the latents, the classes
-seen, and the number of experiences. Copies, samples, gradients and moments of Adam are dropped.
+seen, and the number of experiences. Copies, samples, gradients and, by `OneCyclePlugin`, Adam's
+moments are dropped.
 """
 
 import copy

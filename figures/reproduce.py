@@ -30,7 +30,8 @@ STREAMS = {
     "fashion": "--dataset fashion",
     "fashion-single": "--dataset fashion --n-experiences 10",
     "permuted": "--scenario permuted --n-experiences 10",
-    # Folders of images in DATA_DIR; figures/README.md says where they come from.
+}
+FOLDERS = {  # of images, in DATA_DIR; see figures/README.md
     "letters": f"--dataset {Path(DATA_DIR, 'arabic-letters')} --n-experiences 7",
     "omniglot": f"--dataset {Path(DATA_DIR, 'omniglot')} --n-experiences 11",
 }
@@ -49,15 +50,26 @@ WIDE = f"{STREAMS['permuted']} --hidden-units 1000"
 LONG = f"{WIDE} --iterations 5000 --batch-size 128 --replay-size 128 --learning-rate 0.001"
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
 PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
+
+
+def commands(streams: dict) -> dict:
+    """Write the commands for some streams: all strategies, and plain DGR."""
+    return {
+        key: f"{command} {SEEDS} {stream}"
+        for name, stream in streams.items()
+        for key, command in ((name, ALL), (f"{name}-plain", PLAIN))
+    }
+
+
 RUNS = {
     "mnist": f"{ALL} {SEEDS}",
     "plain": f"GenerativeReplay.py {as_options(PUBLISHED)} {TEN}",
-    "ablation": f"-m figures.ablation {SEEDS} --iterations 400",  # of 25 rows
-    **{name: f"{ALL} {SEEDS} {stream}" for name, stream in STREAMS.items()},
-    **{f"{name}-plain": f"{PLAIN} {SEEDS} {stream}" for name, stream in STREAMS.items()},
+    "ablation": f"-m figures.ablation {SEEDS} --iterations 400",  # of 24 rows
+    **commands(STREAMS),
     "permuted-wide": f"{ALL} {SEEDS} {WIDE}",
     "permuted-long": f"GenerativeReplay.py --strategies replay joint {SEEDS} {LONG}",
     "generators": f"-m figures.generators {SEEDS}",
+    **commands(FOLDERS),
 }
 
 
