@@ -493,7 +493,7 @@ def single_image(folder):
     [
         (only_train, "/test is missing"),
         (other_names, "has folders of folders in it; name them train/ and test/"),
-        (class_in_one, "class 'b' is in only one of train/ and test/"),
+        (class_in_one, "class 'b' is missing in "),
         (empty_class, "class 'b' has no image that Pillow can read"),
         (no_class, "has no folder of a class in it"),
         (single_image, "class 'class test' has a single image, so none for the test"),

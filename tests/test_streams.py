@@ -66,7 +66,7 @@ def spoil(folder, how):
     ("how", "words", "complaint"),
     [
         ("no test", "", "test is missing"),
-        ("class in one", "", "class 'class 1' is in only one of train/ and test/"),
+        ("class in one", "", "class 'class 1' is missing in "),
         ("empty class", "", "class 1"),
         ("", "--n-experiences 4", "N_EXPERIENCES is 4, but there are only 3 classes"),
         ("", "--class-order 0 1 3", "CLASS_ORDER is (0, 1, 3), but has to hold"),

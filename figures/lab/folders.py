@@ -123,8 +123,9 @@ def find_images(folder: Path, results: Path) -> tuple[list[Classes], list[str]]:
         found = [images_by_class(visible_folders(part), part) for part in parts]
         if different := found[0].keys() ^ found[1].keys():
             name = min(different, key=natural)
+            part = "test" if name in found[0] else "train"
             raise UserError(
-                f"{printable(folder)}: class {name!r} is in only one of train/ and test/"
+                f"{printable(folder)}: class {name!r} is missing in {part}/; add it, or take it out"
             )
     else:
         found = split(images_by_class(subfolders, folder), folder)
@@ -165,7 +166,8 @@ def images_by_class(folders: list[Path], parent: Path) -> Classes:
         files = [file for file in files_below(folder) if is_image(file, folder)]
         if not files:
             raise UserError(
-                f"{printable(parent)}: class {name!r} has no image that Pillow can read"
+                f"{printable(parent)}: class {name!r} has no image that Pillow can read; take the "
+                "folder away"
             )
         classes.setdefault(name, []).extend(files)
     if not classes:
@@ -290,7 +292,9 @@ def opened(file: Path) -> Iterator[Image.Image]:
         if isinstance(error, UnidentifiedImageError):
             reason = "damaged, or of a kind that Pillow doesn't know"
         line = printable(reason.split("\n")[0])
-        raise UserError(f"{printable(file)} can't be read as an image: {line}") from error
+        raise UserError(
+            f"{printable(file)} can't be read as an image: {line}; take it away"
+        ) from error
 
 
 def first_shapes(files: Iterable[Path]) -> set[tuple[int, int]]:
