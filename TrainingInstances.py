@@ -183,7 +183,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
         A generator that can be asked for classes is asked for each with the same chance. An image
         in which the old solver sees another class is drawn again: few training images make a wide
-        density, and most of its samples look like other classes.
+        density, some of whose samples look like other classes.
 
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
