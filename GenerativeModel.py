@@ -27,7 +27,7 @@ class GenerativeModel(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, batch_size: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Generate images, without gradients and whatever the training mode.
+        """Generate images, without gradients and as in evaluation mode.
 
         The signature is that of `avalanche.models.Generator.generate`.
 
@@ -180,7 +180,7 @@ def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class ClassConditionalGMM(nn.Module):
-    """Fit a mixture of Gaussians to the encodings of each class, with one covariance in each.
+    """Fit a mixture of Gaussians, all of one covariance, to the encodings of each class.
 
     A VAE's encodings don't fill the prior N(0, I): many latents sampled from it lie where the
     decoder has learned nothing, and some classes come far too rarely. A density fitted to the
@@ -221,7 +221,7 @@ class ClassConditionalGMM(nn.Module):
         return 8 + 4 * size**2 + self.n_gaussians(encodings) * (8 + 4 + 4 * size)
 
     def fit(self, z: Tensor, y: Tensor) -> None:
-        """Fit a mixture to each class in y, beside those there are: the clusters of k-means.
+        """Add a mixture for each class in y: a Gaussian for each cluster of k-means.
 
         The covariance is that of the encodings around the means of their clusters. A class of one
         image gets no mixture and isn't sampled.

@@ -117,13 +117,13 @@ def experiment(
 
     :param images: the data set; without its tensors it is loaded here.
     :param name: name in tables and figures; empty: that of the strategy.
-    :param make_generator: see `make_scholar`; the name of the run depends on its name.
+    :param make_generator: see `make_scholar`; the folder's name depends on its name.
     :return: the record, with the `folder` it lies in.
     """
     with Run(constants, images, strategy, seed, name, make_generator.__name__) as run:
         if run.finished:
             return run.result
-        setup(constants)
+        setup(constants)  # again: this may be another process
         torch.manual_seed(seed)
         constants = data.shuffle_classes(constants)
         images = images if images.train else data.load_images(constants, quiet=True)
@@ -189,7 +189,7 @@ def make_scholar(
         "increasing_replay_size": constants.INCREASING_REPLAY_SIZE,
         "ratio": constants.RATIO,
     }
-    generator_strategy = make_generator(benchmark, constants, **replay)
+    generator_strategy = make_generator(benchmark, constants, **replay)  # er takes its size
     plugin = DeepGenerativeReplayPlugin(
         generator_strategy, temperature=constants.TEMPERATURE, **replay
     )
@@ -207,7 +207,7 @@ def make_solver(benchmark: CLScenario, constants: Constants) -> nn.Module:
     """Make the solver: fully connected, with a logit for each class. Edit it here.
 
     Avalanche's head masks the logits of classes that haven't come yet, as van de Ven et al. do.
-    Else each experience would push them down further, and a class that comes late is hard to learn.
+    Else each experience would push them down further, and a late class would be hard to learn.
     """
     shape, n_classes = data.shape_and_classes(benchmark)
     units, shift = constants.HIDDEN_UNITS, constants.INPUT_SHIFT
@@ -215,8 +215,8 @@ def make_solver(benchmark: CLScenario, constants: Constants) -> nn.Module:
         shift = int(constants.SCENARIO != "permuted" and has_margin(benchmark))
     return nn.Sequential(
         data.normalization(benchmark) if constants.NORMALIZE else nn.Identity(),
-        # Generated images are a little blurred and a little too typical: shift and dropout are to
-        # keep the solver from telling old classes by that. All images of a minibatch, real and
+        # Generated images are a little blurred and a little too typical: shift and dropout keep
+        # the solver from recognizing old classes by that. All images of a minibatch, real and
         # replayed, get the same shift.
         TrainOnly(v2.RandomCrop(shape[1:], shift, padding_mode="edge")),
         nn.Dropout(constants.INPUT_DROPOUT),
@@ -228,7 +228,7 @@ def make_solver(benchmark: CLScenario, constants: Constants) -> nn.Module:
 
 
 class TrainOnly(nn.Sequential):
-    """Apply modules to the input in training mode only, such as random transforms."""
+    """Apply modules, such as random transforms, to the input in training mode only."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input through the modules; in evaluation mode unchanged."""

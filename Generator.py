@@ -1,6 +1,6 @@
 """The generator of the scholar as a trainable strategy, and a visualizer of its samples.
 
-`make_generator_strategy` wraps the generator into a strategy, to be passed to
+`make_generator_strategy` wraps the generator in a strategy, to be passed to
 `DeepGenerativeReplayPlugin`. Run as a script it trains the generator alone along the stream, and
 draws its samples and reconstructions after each experience.
 """
@@ -68,7 +68,7 @@ def make_generator_strategy(
     benchmark: CLScenario, constants: Constants,
     plugin: type[DeepGenerativeReplayPlugin] | None = None, **replay,
 ) -> VAETraining:  # fmt: skip
-    """Wrap a new generator into its training strategy.
+    """Wrap a new generator in its training strategy.
 
     :param benchmark: the stream that it will learn.
     :param plugin: class of its replay plugin; None: with alignment, if there is a density.

@@ -2,7 +2,7 @@
 
 `GenerativeReplay` trains the solver and `VAETraining` the generator (not to be confused with
 Avalanche's of the same names). Each has a `DeepGenerativeReplayPlugin` of its own, which extends
-its minibatches by samples of the past. `ReplayTemplate`, on which both stand, weighs real against
+its minibatches by samples of the past. `ReplayTemplate`, their base class, weighs real against
 replayed images.
 
 An experience: the plugin of the solver copies solver and generator (`before_training_exp`), then
@@ -81,7 +81,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :param replay_size: replayed samples beside n real ones, at the k-th experience; 0: none; None:
         n·(k - 1) for the solver, n for the generator. The past weighs more and more (see `ratio`),
         and its gradient shouldn't get noisier by that.
-    :param increasing_replay_size: double it at each experience after the second instead; None is n.
+    :param increasing_replay_size: double it (None: n) at each experience after the second instead.
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
         2015, arXiv 1503.02531, eq. 1); None: hard labels.
@@ -117,7 +117,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
     def amount(self, n_real: int, experiences: int) -> int:
-        """Count the replayed samples beside n real ones, after k - 1 experiences (k > 1)."""
+        """Count the replayed samples beside n_real ones, after one or more experiences."""
         if self.increasing_replay_size:
             first = n_real if self.replay_size is None else self.replay_size
             return first * 2 ** (experiences - 1)
@@ -285,7 +285,7 @@ class ReplayTemplate(SupervisedTemplate):
     def __init__(
         self,
         *,
-        replay_plugin: DeepGenerativeReplayPlugin | None = None,
+        replay_plugin: SupervisedPlugin | None = None,
         iterations: int | None = None,
         bfloat16: bool = False,
         plugins: Sequence[SupervisedPlugin] = (),
@@ -322,7 +322,7 @@ class ReplayTemplate(SupervisedTemplate):
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
     def eval(self, *args, **kwargs):
-        """Evaluate without random numbers of the training: to look changes nothing."""
+        """Evaluate without drawing on the training's random numbers: looking changes nothing."""
         with fork_rng([self.device] if self.device.type == "cuda" else []):
             return super().eval(*args, **kwargs)
 
@@ -350,7 +350,7 @@ class ReplayTemplate(SupervisedTemplate):
     def load(
         self, rows: Iterable[int], size: int, drop_last: bool = False, **options
     ) -> DataLoader:
-        """Load minibatches of some rows of the data."""
+        """Load minibatches of some rows, without drawing on the training's random numbers."""
         data, options["generator"] = self.adapted_dataset, torch.Generator()
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
@@ -398,7 +398,7 @@ class VAETraining(ReplayTemplate):
         super().__init__(model=model, **base_kwargs)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode and decode images; of replayed ones with known latents only decode these.
+        """Encode and decode images; of replayed ones that come with latents, decode those alone.
 
         :return: as `VAE.forward`, but then z_mean and z_log_var are of real images alone.
         """
@@ -410,7 +410,8 @@ class VAETraining(ReplayTemplate):
         return self.model.decode(z), z_mean, z_log_var
 
     def loss_per_image(self) -> Tensor:
-        """Compute the negative ELBO of each image, but of those with known latents the first term.
+        """Compute the negative ELBO of each image, or, if it was decoded from known latents, the
+        reconstruction error alone.
 
         :return: losses, shape (batch,).
         """
@@ -430,8 +431,7 @@ class OneCyclePlugin(SupervisedPlugin):
     After Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate
     within 15 % of the iterations, then down along a cosine, as torch does it. Adam's first steps
     are as long as the learning rate, however small the gradient; the rise keeps them short.
-    Adam's moments are reset at the end of each experience: they are of its last small gradients,
-    which are made of training images.
+    Adam's moments are reset at the end of each experience: they are made of training images.
 
     :param optimizer: the strategy's optimizer.
     """

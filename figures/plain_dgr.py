@@ -1,8 +1,8 @@
-"""Deep Generative Replay in one plain loop, without Avalanche: `python -m figures.plain_dgr`.
+"""Deep Generative Replay in one plain loop, not Avalanche's: `python -m figures.plain_dgr`.
 
-It learns scikit-learn's digits, two at a time, as GenerativeReplay.py does by default, and ends
-with the same weights (a test says so): this is all that the strategies compute. What the tables
-call plain DGR is something else, the method without the components of the default recipe.
+It learns scikit-learn's digits, two at a time. On a small stream the loop ends with the weights of
+the strategies (a test says so): with the default recipe this is all that they compute. What the
+tables call plain DGR is something else, the method without the components of the recipe.
 """
 
 import copy
@@ -16,14 +16,19 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 import GenerativeReplay
 from figures.lab import data
-from figures.lab.constants import read_constants, run_command
+from figures.lab.constants import UserError, read_constants, run_command
 from figures.lab.runs import setup
 from GenerativeModel import negative_elbo, reconstruction_error
 from Generator import make_generator_strategy
 
+UNUSED = (  # constants of GenerativeReplay.py
+    "SHUFFLE_CLASSES", "STRATEGIES", "REPLAY_SIZE", "INCREASING_REPLAY_SIZE", "RATIO", "ONE_CYCLE",
+    "DEVICE", "N_JOBS", "SCHEDULER", "TENSORBOARD", "RESULTS_DIR",
+)  # fmt: skip
+
 
 def plain_dgr(solver, vae, experiences, constants):
-    """Train solver and VAE on pairs of images and labels, and yield k after the k-th of them."""
+    """Train solver and VAE on each experience, images and their labels; yield k after the k-th."""
     size, iterations, beta = constants.BATCH_SIZE, constants.ITERATIONS, constants.KL_WEIGHT
     temperature, seen = constants.TEMPERATURE, []
     for k, (x, y) in enumerate(experiences, 1):
@@ -32,7 +37,7 @@ def plain_dgr(solver, vae, experiences, constants):
         r = 1 / k  # of Shin et al. 2017, eq. 1; 1/k is the choice of van de Ven & Tolias 2018
 
         step, many = one_cycle(solver, constants), size * (k - 1)
-        past = labelled_replay(old_vae, old_solver, seen, temperature, many)
+        past = labelled_replay(old_vae, old_solver, seen, temperature, many)  # runs from k = 2 on
         for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
             with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
                 if k == 1:
@@ -70,7 +75,7 @@ def plain_dgr(solver, vae, experiences, constants):
 def replay(vae, size):
     """Yield minibatches of the past for ever, images and their latents, generated 2,048 at once."""
     while True:
-        z = vae.sample_latents(2048 // size * size)
+        z = vae.sample_latents(size * max(1, 2048 // size))
         yield from zip(vae.decode(z).sigmoid().split(size), z.split(size))
 
 
@@ -118,7 +123,13 @@ def one_cycle(model, constants):
 
 def main() -> None:
     """Learn the digits and print the accuracy on those so far after each experience."""
-    constants = setup(read_constants(GenerativeReplay, ["--dataset", "digits", *sys.argv[1:]]))
+    constants = read_constants(GenerativeReplay, ["--dataset", "digits", *sys.argv[1:]])
+    for name in UNUSED:
+        if getattr(constants, name) != getattr(GenerativeReplay, name):
+            raise UserError(f"{name} has no effect in this loop; GenerativeReplay.py has it")
+    if not (constants.TEMPERATURE and constants.MIXTURE_COMPONENTS):
+        raise UserError("this loop has soft targets and a density; GenerativeReplay.py needs none")
+    constants = setup(constants)
     images = data.load_images(constants)
     constants = data.fill_in(constants, images)
     torch.manual_seed(constants.SEEDS[0])

@@ -84,6 +84,19 @@ def test_a_comparison_refuses_what_it_does_not_compare(complaint):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--ratio", "0.3"), "RATIO has no effect"),
+        (("--shuffle-classes",), "SHUFFLE_CLASSES has no effect"),
+        (("--temperature", "none"), "this loop has soft targets and a density"),
+        (("--mixture-components", "0"), "this loop has soft targets and a density"),
+    ],
+)
+def test_the_plain_loop_refuses_what_it_does_not_use(words, expected, complaint):
+    assert complaint(*words, module="figures.plain_dgr").startswith(expected)
+
+
+@pytest.mark.parametrize(
     ("script", "name", "value"),
     [
         (Generator, "ITERATIONS", -1),
