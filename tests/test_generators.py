@@ -85,7 +85,7 @@ def test_what_suits_each_generator():
 
 
 def test_the_memory_does_not_grow_with_the_iterations():
-    stream, constants = digits(ITERATIONS=120)
+    stream, constants = digits(ITERATIONS=50)
     strategy = generators.make_wgan_strategy(stream, constants)
     pages = []
 
@@ -95,7 +95,7 @@ def test_the_memory_does_not_grow_with_the_iterations():
 
     strategy.plugins.append(Watch())
     strategy.train(stream.train_stream[0])
-    assert len(pages) == 600 and (pages[-1] - pages[100]) * 4096 < 50e6
+    assert len(pages) == 250 and (pages[-1] - pages[50]) * 4096 < 20e6
 
 
 @pytest.mark.parametrize("name", ["vae", "cvae", "wgan-gp"])
@@ -167,11 +167,11 @@ def test_a_generator_that_does_not_fit():
 
 
 def test_a_scholar_with_another_generator_learns_and_survives_an_interruption():
-    benchmark, constants = digits(ITERATIONS=120)
+    benchmark, constants = digits(ITERATIONS=120, N_EXPERIENCES=3)
     torch.manual_seed(0)
     scholar, resumed = (make_scholar("gaussians", benchmark, constants) for _ in range(2))
     assert isinstance(scholar.replay_plugin.generator, generators.Gaussians)
-    for experience in benchmark.train_stream[:4]:
+    for experience in benchmark.train_stream[:2]:
         scholar.train(experience)
     states = [runs.strategy_state(part) for part in runs.with_generator(scholar)]
     random = [torch.get_rng_state()]
@@ -179,9 +179,9 @@ def test_a_scholar_with_another_generator_learns_and_survives_an_interruption():
     rows = []
     for each in (scholar, resumed):
         torch.set_rng_state(*random)
-        each.train(benchmark.train_stream[4])
+        each.train(benchmark.train_stream[2])
         rows.append(report.by_experience(each.eval(benchmark.test_stream), "Top1_Acc_Exp"))
-    assert rows[0] == rows[1] and sum(rows[0]) / 5 > 0.8
+    assert rows[0] == rows[1] and sum(rows[0]) / 3 > 0.8
 
 
 def test_a_conditional_vae_generates_the_class_that_it_is_asked_for():

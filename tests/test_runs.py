@@ -80,15 +80,15 @@ def one_line(text):
 )
 def test_a_run_killed_in_an_experience_ends_with_the_same_numbers(script, changes, tmp_path):
     words = options(**changes)
-    whole = run(script, *words, "--results-dir", "whole", cwd=tmp_path)
-    killed = begin(script, *words, "--results-dir", "killed", cwd=tmp_path)
+    whole = run(script, *words, "--results-dir", "whole", cwd=tmp_path, figures=False)
+    killed = begin(script, *words, "--results-dir", "killed", cwd=tmp_path, figures=False)
     state = wait_for_state(tmp_path / "killed")
     time.sleep(0.05)
     killed.kill()
     killed.join()
     assert not list(state.parent.glob("*.json"))  # it wasn't finished
     (state.parent / ".1-arrays.npz").write_bytes(b"half")  # as if killed while it wrote this
-    again = run(script, *words, "--results-dir", "killed", cwd=tmp_path)
+    again = run(script, *words, "--results-dir", "killed", cwd=tmp_path, figures=False)
     assert whole.returncode == again.returncode == 0 and whole.stderr == again.stderr == ""
     assert "experience 1/5" in whole.stdout
     assert "experience 1/5" not in again.stdout  # it went on
@@ -156,7 +156,7 @@ class Trap:
 
 def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     words = options(ITERATIONS=5)
-    assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
+    assert run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False).returncode == 0
     state = wait_for_state(tmp_path)
     record = state.with_name("results.json")
     for content in "", "{}", "[1]":
@@ -176,7 +176,7 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
         assert state.read_bytes() == content and not list(tmp_path.rglob("trapped"))
     saved["record"]["name"] = "+ KL weight"  # the same run, begun by the ablation
     torch.save(saved, state)
-    done = run("GenerativeReplay.py", *words, cwd=tmp_path)
+    done = run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False)
     assert done.returncode == 0 and "experience 5/5" not in done.stdout
     assert "replay, seed 0" in done.stdout and "KL weight" not in done.stdout
 
@@ -190,7 +190,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert full.exitcode == 2 and "state.pt" in one_line(files[1].read_text())
     assert not list(tmp_path.rglob(".*"))  # temporary files
     assert runs.read_state(state)["record"]["accuracy_matrix"]
-    done = run("GenerativeReplay.py", *options(), cwd=tmp_path)
+    done = run("GenerativeReplay.py", *options(), cwd=tmp_path, figures=False)
     assert done.returncode == 0 and "experience 1/5" not in done.stdout
     assert "experience 5/5" in done.stdout
 
@@ -290,7 +290,7 @@ def test_a_head_that_grows_goes_on(tmp_path, monkeypatch):
 def test_tensorboard_leaves_curves(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("GenerativeReplay.py", *options(ITERATIONS=5), "--tensorboard", cwd=tmp_path)
+    run("GenerativeReplay.py", *options(ITERATIONS=5), "--tensorboard", cwd=tmp_path, figures=False)
     folder = wait_for_state(tmp_path).parent
     log = EventAccumulator(str(folder))
     log.Reload()

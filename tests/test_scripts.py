@@ -107,7 +107,7 @@ def test_results_and_statistics(experiment):
 
 def test_a_seed_gives_the_same_numbers_alone_and_others_give_others(experiment, tmp_path):
     words = *EXPERIMENT[:-4], "replay", "er", "--seeds", 1
-    assert run("GenerativeReplay.py", *words, cwd=tmp_path).returncode == 0
+    assert run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False).returncode == 0
     alone = records(tmp_path / "results")
     assert len(alone) == 2
     for (name, seed), record in alone.items():
@@ -118,7 +118,7 @@ def test_a_seed_gives_the_same_numbers_alone_and_others_give_others(experiment, 
 
 def test_finished_runs_are_skipped(experiment, copied):
     times = {path: path.stat().st_mtime_ns for path in copied.glob("digits-*/*.*")}
-    done = run("GenerativeReplay.py", *EXPERIMENT, "--seeds", 1, cwd=copied.parent)
+    done = run("GenerativeReplay.py", *EXPERIMENT, "--seeds", 1, cwd=copied.parent, figures=False)
     assert done.returncode == 0 and done.stdout.count("finished already") == 4
     assert len(times) == 8 * 3  # record, arrays and state of each
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -200,8 +200,9 @@ def test_the_ablation_adds_components_one_by_one_and_leaves_each_out(tmp_path):
 
 
 def test_replay_beats_fine_tuning_on_the_digits(tmp_path):
-    words = "--dataset", "digits", "--iterations", 60, "--hidden-units", 200
-    run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
+    strategies = "--strategies", "replay", "naive"
+    words = "--dataset", "digits", "--iterations", 60, "--hidden-units", 200, *strategies
+    run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False)
     final = {name: r["final_accuracy"] for (name, _), r in records(tmp_path / "results").items()}
     assert final["replay"] > final["naive"] + 0.4
 
@@ -274,7 +275,7 @@ def test_two_experiences_of_mnist(tmp_path):
     assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1 and images.notice == ""
     assert x.mean() == pytest.approx(0.1307, abs=1e-4) and y[:5].tolist() == [5, 0, 4, 1, 9]
     words = "--iterations", 100, "--n-experiences", 2, "--mixture-components", 1
-    run("GenerativeReplay.py", "--data-dir", DATA_DIR, *words, cwd=tmp_path)
+    run("GenerativeReplay.py", "--data-dir", DATA_DIR, *words, cwd=tmp_path, figures=False)
     record = records(tmp_path / "results")["replay", 0]
     assert record["dataset"] == record["constants"]["DATASET"] == "mnist"  # found by "auto"
     assert record["final_accuracy"] > 0.6 and record["accuracy_matrix"][1][0] > 0.2

@@ -162,8 +162,9 @@ def test_a_new_scholar_knows_nothing_of_later_experiences():
 
 
 def test_the_first_permutation_does_not_fade(tmp_path):
-    words = "--dataset", "digits", "--scenario", "permuted", "--iterations", 200
-    done = run("GenerativeReplay.py", *words, "--strategies", "replay", "naive", cwd=tmp_path)
+    strategies = "--strategies", "replay", "naive"
+    words = "--dataset", "digits", "--scenario", "permuted", "--iterations", 200, *strategies
+    done = run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False)
     assert done.returncode == 0, done.stderr
     first = {}
     for file in (tmp_path / "results").glob("*/results.json"):
