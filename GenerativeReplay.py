@@ -271,7 +271,8 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
     plugin = scholar.replay_plugin
     x, seen = plugin.generator.generate(1000), torch.tensor(plugin.seen_classes)
     x, seen = x.to(scholar.device), seen.to(scholar.device)
-    certainty, index = scholar.model.eval()(x)[:, seen].softmax(1).max(1)
+    logits = scholar.model.eval()(x)[:, seen].double()  # as float, many would be equally sure
+    certainty, index = logits.softmax(1).max(1)
     pictures = torch.full((len(labels), 2, *x.shape[1:]), torch.nan)
     for pair, label in zip(pictures, labels):
         rows = (seen[index] == label).nonzero().flatten()
