@@ -14,6 +14,7 @@ import torch
 from conftest import CONSTANTS, DATA_DIR, ROOT, answer, needs_mnist, run
 from torch import nn
 
+import GenerativeReplay
 from figures import draw
 from figures.ablation import COMPONENTS, PLAIN_DGR
 from figures.lab import data, report
@@ -103,6 +104,20 @@ def test_results_and_statistics(experiment):
         for kind, accuracy in zip(("accuracy_matrix", "task_accuracy_matrix"), accuracies):
             matrix = experiment.records[name, int(seed)][kind]
             assert float(accuracy) == matrix[int(trained) - 1][int(tested) - 1]
+
+
+def test_the_surest_sample_is_found_among_many_that_are_nearly_certain():
+    class Solver(nn.Module):
+        def forward(self, x):
+            return torch.cat([x.flatten(1), torch.zeros(len(x), 1)], 1)
+
+    x = torch.tensor([30.0, 20.0, 33.0]).view(3, 1, 1, 1)
+    plugin = SimpleNamespace(
+        generator=SimpleNamespace(generate=lambda count: x), seen_classes=[0, 1]
+    )
+    scholar = SimpleNamespace(replay_plugin=plugin, model=Solver(), device=torch.device("cpu"))
+    pictures = GenerativeReplay.samples_per_class(scholar, [0, 1]).flatten()
+    assert pictures[:2].tolist() == [33, 30] and pictures[2:].isnan().all()
 
 
 def test_a_seed_gives_the_same_numbers_alone_and_others_give_others(experiment, tmp_path):
