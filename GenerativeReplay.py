@@ -270,16 +270,15 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
     """
     plugin = scholar.replay_plugin
     x, seen = plugin.generator.generate(1000), torch.tensor(plugin.seen_classes)
-    x, seen = x.to(scholar.device), seen.to(scholar.device)
-    logits = scholar.model.eval()(x)[:, seen].double()  # as float, many would be equally sure
-    certainty, index = logits.softmax(1).max(1)
+    logits = scholar.model.eval()(x.to(scholar.device))[:, seen].cpu()
+    certainty, index = logits.double().softmax(1).max(1)  # as float, many would be equally sure
     pictures = torch.full((len(labels), 2, *x.shape[1:]), torch.nan)
     for pair, label in zip(pictures, labels):
         rows = (seen[index] == label).nonzero().flatten()
         if len(rows):
             pair[0] = x[rows[certainty[rows].argmax()]]
             pair[1] = x[rows[0]]
-    return pictures.flatten(0, 1).cpu()
+    return pictures.flatten(0, 1)
 
 
 def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:

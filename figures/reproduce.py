@@ -46,8 +46,10 @@ def as_options(constants: dict) -> str:
 
 SEEDS = "--seeds 0 1 2"
 # As published for layers of 1000 units, but for Adam's rate, which is 0.0001 there.
-LONG = "--hidden-units 1000 --iterations 5000 --batch-size 128 --replay-size 128"
-LONG = f"{STREAMS['permuted']} {LONG} --learning-rate 0.001"
+LONG = (
+    f"{STREAMS['permuted']} --hidden-units 1000 --iterations 5000 --batch-size 128 "
+    "--replay-size 128 --learning-rate 0.001"
+)
 ALL = "GenerativeReplay.py --strategies replay joint er naive"
 PLAIN = f"GenerativeReplay.py {as_options(PLAIN_DGR)}"
 
