@@ -42,7 +42,7 @@ BAD_COMMAND_LINES = [
     ("--dataset mnits", "DATASET is 'mnits'.* auto, mnist, fashion, kmnist or digits"),
     ("--strategies replay both", "STRATEGIES is 'both': .* 'replay', 'naive', 'joint' or 'er'"),
     ("--strategies", "STRATEGIES is "),
-    ("--device gpu", "DEVICE is 'gpu': .*auto.cpu.mps.cuda"),
+    ("--device gpu", "DEVICE is 'gpu': Input should be 'auto', 'cpu', 'mps' or 'cuda'; see --help"),
     ("--device cuda:99", "DEVICE is 'cuda:99', which can't be used"),
     ("--one-cycle maybe", "ONE_CYCLE is 'maybe': .*boolean"),
     ("--batch-size 0", "BATCH_SIZE is '0': .*greater than 0"),

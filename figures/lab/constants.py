@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -22,7 +22,7 @@ T = TypeVar("T")
 without_repetition = pydantic.AfterValidator(lambda values: tuple(dict.fromkeys(values)))
 Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Literal["auto", "cpu", "mps", "cuda"] | Annotated[str, Field(pattern=r"^cuda:\d+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
