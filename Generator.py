@@ -98,7 +98,7 @@ def training_arguments(name: str, model: nn.Module, constants: Constants) -> dic
     return {
         "model": model,
         "optimizer": optimizer,
-        "iterations": constants.ITERATIONS,
+        "iterations": constants.ITERATIONS or 1600,
         "train_mb_size": constants.BATCH_SIZE,
         "eval_mb_size": 1000,
         "plugins": [ProgressBar(name), LossRecorder(name), *schedule],

@@ -226,8 +226,7 @@ def make_wgan_strategy(benchmark: CLScenario, constants: Constants, **replay) ->
     arguments = training_arguments("generator", wgan, constants)
     for group in arguments["optimizer"].param_groups:
         group["betas"] = 0.5, 0.9  # as in Gulrajani et al.'s code for MNIST
-    if constants.ITERATIONS:
-        arguments["iterations"] = 5 * constants.ITERATIONS
+    arguments["iterations"] *= 5
     return WGANTraining(replay_plugin=DeepGenerativeReplayPlugin(**replay), **arguments)
 
 
