@@ -148,7 +148,7 @@ def vae() -> Picture:
         p.words(x, at - 79, "ReLU" if units == 400 else "")
     image, noise = p.sheets(792, y, "image", REPLAYED, width=46), p.dot(402, 32, "ε", RANDOM)
     sample = p.box(402, y, "reparametrize\n\n\n", 140, 132)
-    mixtures = p.box(504, 290, "ClassConditionalGMM\nup to 100 Gaussians per class", 0, 48, REPLAYED)
+    mixtures = p.box(504, 290, "ClassConditionalGMM\n≤ 100 Gaussians a class", 0, 48, REPLAYED)
     p.words(402, y + 18, "z_mean + σ · ε\nσ = exp(½ z_log_var)")
     p.words(424, 32, "from N(0, I)", "left")
     p.names(
