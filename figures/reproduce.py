@@ -88,8 +88,13 @@ def main() -> None:
             words += ["--dataset", "mnist"]
         print(f"\n{name}: python {' '.join(words)}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if code := subprocess.run([sys.executable, *words], env=environment).returncode:
-            sys.exit(code)
+        with subprocess.Popen([sys.executable, *words], env=environment) as process:
+            try:
+                process.wait()
+            finally:
+                process.terminate()  # if it was interrupted: a kill would leave its workers behind
+        if process.returncode:
+            sys.exit(process.returncode)
         rows = report.statistics(report.read_runs(Path("results", name)))
         rows = {row: {key: of[key] for key in ("seeds", *report.KEYS)} for row, of in rows.items()}
         means = json.loads(path.read_text()) if path.exists() else {}
