@@ -22,7 +22,7 @@ class GenerativeModel(nn.Module, ABC):
     Replay uses a frozen copy, so `copy.deepcopy` has to work (hooks such as the old
     `torch.nn.utils.spectral_norm` and `weight_norm` prevent it, those in `parametrizations` don't).
     An interrupted run goes on from the `state_dict`: all that has to survive lives in parameters
-    and buffers. No training image may be kept, as the method promises.
+    and buffers. The method promises to keep no training image.
     """
 
     @abstractmethod
@@ -118,7 +118,7 @@ class VAE(GenerativeModel):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Reconstruct images from the mean of q(z|x), without noise; shapes as in `forward`."""
+        """Reconstruct images, shape (batch, C, H, W), from the mean of q(z|x), without noise."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
     def learned_classes(self) -> Tensor:
@@ -129,7 +129,7 @@ class VAE(GenerativeModel):
     def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
         """Sample z from the density, or from the prior N(0, I) as long as nothing is fitted.
 
-        :param condition: class labels (int64), shape (count,); None: each class equally often.
+        :param condition: class labels (int64), shape (count,); None: a random class for each.
         :return: latents, shape (count, latent_size).
         :raises ValueError: if no density is fitted to a class of the condition.
         """
@@ -180,7 +180,7 @@ def reconstruction_error(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class ClassConditionalGMM(nn.Module):
-    """Fit a mixture of Gaussians, all of one covariance, to the encodings of each class.
+    """Fit a Gaussian mixture with a tied covariance to the encodings of each class.
 
     A VAE's encodings don't fill the prior N(0, I): many latents sampled from it lie where the
     decoder has learned nothing, and some classes come far too rarely. A density fitted to the
@@ -212,19 +212,14 @@ class ClassConditionalGMM(nn.Module):
             setattr(density, name, old.new_empty(state[prefix + name].shape))
 
     def n_gaussians(self, encodings: int) -> int:
-        """Count the Gaussians for some encodings: one for five, but at most `components`."""
+        """Count the Gaussians: one for five encodings, but at most `components`."""
         return min(self.components, max(1, encodings // 5))
-
-    def bytes_for(self, encodings: int) -> int:
-        """Count the bytes that the mixture of some encodings takes."""
-        size = self.means.shape[1]
-        return 8 + 4 * size**2 + self.n_gaussians(encodings) * (8 + 4 + 4 * size)
 
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Add a mixture for each class in y: a Gaussian for each cluster of k-means.
 
-        The covariance is that of the encodings around the means of their clusters. A class of one
-        image gets no mixture and isn't sampled.
+        The covariance is that of the encodings around the means of their clusters, kept regular by
+        1e-3. A class of one image gets no mixture and isn't sampled.
 
         :param z: encodings (the z_mean of images), shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
@@ -235,7 +230,7 @@ class ClassConditionalGMM(nn.Module):
                 continue
             count, seed = self.n_gaussians(n), int(torch.randint(2**31, ()))
             clusters = KMeans(count, n_init=1, max_iter=20, random_state=seed)
-            # It warns of equal images; threads of numpy and torch get into each other's way.
+            # KMeans warns of equal images; threads of numpy and torch get into each other's way.
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
                 members = torch.from_numpy(clusters.fit_predict(encodings.numpy())).long()
             means = torch.from_numpy(clusters.cluster_centers_)
@@ -266,5 +261,5 @@ class ClassConditionalGMM(nn.Module):
             rows = (y == label).nonzero().flatten()
             chosen = torch.multinomial(of_the_class, len(rows), replacement=True)
             mean, scale = self.means[chosen], self.scales[self.mixtures[chosen]]
-            z[rows] = mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]
+            z[rows] = mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]  # mean + L·ε
         return z

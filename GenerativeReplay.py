@@ -1,7 +1,7 @@
 """Deep Generative Replay: the experiment, for a scholar of solver and generator.
 
 Class-incremental Split MNIST by default: one head, no task identity, and past data is never seen
-again, only generated. Out come table, figures and files of results.
+again, only generated. It leaves a table, figures and files of results.
 """
 
 import os
@@ -36,21 +36,21 @@ N_EXPERIENCES: PositiveInt = 5  # experiences that the classes are divided among
 CLASS_ORDER: tuple[NonNegativeInt, ...] = ()  # labels in the order of arrival; empty: 0 1 2 ...
 SHUFFLE_CLASSES: bool = False  # another order of the classes for each seed instead
 SEEDS: Distinct[Seed] = (0,)  # one run each
-STRATEGIES: Distinct[Strategy] = ("replay",)  # or naive: fine-tuning; joint: all data; er: stored
+STRATEGIES: Distinct[Strategy] = ("replay",)  # or naive (fine-tuning), joint, er (stored images)
 
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600, 300 for digits
-BATCH_SIZE: PositiveInt = 64  # real images in a minibatch
-REPLAY_SIZE: NonNegativeInt | None = None  # replayed images; none: BATCH_SIZE·(k-1) at experience k
+BATCH_SIZE: PositiveInt = 64  # current images in a minibatch
+REPLAY_SIZE: NonNegativeInt | None = None  # replayed; none: BATCH_SIZE, solver's BATCH_SIZE·(k-1)
 INCREASING_REPLAY_SIZE: bool = False  # double it (or BATCH_SIZE) at each experience after the 2nd
-RATIO: Share | None = None  # r, weight of the real images in the loss; none: 1/k at experience k
+RATIO: Share | None = None  # r, weight of current images in the loss; none: 1/k at experience k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
 LEARNING_RATE: PositiveFloat = 0.003  # of Adam; 0.001 suits layers of 1000 units better
 ONE_CYCLE: bool = True  # the rate rises and is annealed to 0 in each experience (Smith & Topin)
 HIDDEN_UNITS: PositiveInt = 400  # in each of the two hidden layers of solver, encoder, decoder
 
 NORMALIZE: bool = True  # solver and encoder see (x - mean) / std of the first experience's pixels
-INPUT_SHIFT: NonNegativeInt | None = None  # random shift of images; none: 1 if they have a margin
-INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of pixels hidden in training
+INPUT_SHIFT: NonNegativeInt | None = None  # solver's random shift, pixels; none: 1 if a margin
+INPUT_DROPOUT: Annotated[float, Field(ge=0, lt=1)] = 0.2  # share of its pixels hidden in training
 LATENT_SIZE: PositiveInt = 32  # dimensions of the latent variable z
 KL_WEIGHT: PositiveFloat = 0.07  # β, weight of the divergence; 1: the ELBO itself
 MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z from N(0, I)
@@ -170,7 +170,7 @@ def make_scholar(
     """Make the scholar: a new solver, a new generator, and the strategy that trains both.
 
     :param benchmark: the stream that it will learn.
-    :param strategy: only `replay` trains the generator; `er` is given the memory that it takes.
+    :param strategy: only `replay` trains the generator; `er` stores images in as many bytes.
     :param make_generator: makes the strategy that trains the generator, with the arguments of
         `make_generator_strategy`; figures/generators.py has others.
     :param logs: folder for the logs of TensorBoard.
@@ -285,8 +285,7 @@ def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:
     """Return the latest experience's losses of solver and generator, shape (iterations,)."""
     strategies = with_generator(scholar)  # that of another generator may have no plugins
     plugins = [plugin for each in strategies for plugin in getattr(each, "plugins", [])]
-    recorders = [plugin for plugin in plugins if isinstance(plugin, LossRecorder)]
-    return {recorder.name: torch.tensor(recorder.losses) for recorder in recorders}
+    return {of.name: torch.tensor(of.losses) for of in plugins if isinstance(of, LossRecorder)}
 
 
 if __name__ == "__main__":

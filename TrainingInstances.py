@@ -2,8 +2,8 @@
 
 `GenerativeReplay` trains the solver and `VAETraining` the generator (not to be confused with
 Avalanche's of the same names). Each has a `DeepGenerativeReplayPlugin` of its own, which extends
-its minibatches by samples of the past. `ReplayTemplate`, their base class, weighs real against
-replayed images.
+its minibatches by samples of the past. `ReplayTemplate`, their base class, weighs current
+against replayed images.
 
 An experience: the plugin of the solver copies solver and generator (`before_training_exp`), then
 the solver trains. In each iteration the plugin adds samples of the copies to the minibatch
@@ -52,8 +52,8 @@ class Samples(NamedTuple):
 
     def split(self, n: int) -> tuple["Samples", "Samples"]:
         """Divide the samples into the first n and the rest."""
-        halves = slice(n), slice(n, None)
-        return tuple(Samples(*(part if part is None else part[h] for part in self)) for h in halves)
+        parts = [(None, None) if part is None else (part[:n], part[n:]) for part in self]
+        return tuple(map(Samples._make, zip(*parts)))
 
 
 class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
@@ -78,9 +78,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     :param generator_strategy: strategy that trains the generator, with replay: it has a
         `GenerativeModel` as `model`, and `train(experience, **kwargs)`. None: this
         plugin is the generator's own.
-    :param replay_size: replayed samples beside n real ones, at the k-th experience; 0: none; None:
-        n·(k - 1) for the solver, n for the generator. The past weighs more and more (see `ratio`),
-        and its gradient shouldn't get noisier by that.
+    :param replay_size: replayed samples beside n current ones; 0: none; None: n for the generator,
+        n·(k - 1) at the k-th experience for the solver, whose past weighs more and more (see
+        `ratio`) and needs a less noisy gradient.
     :param increasing_replay_size: double it (None: n) at each experience after the second instead.
     :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
@@ -89,8 +89,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
     """
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
-    DRAWS = 5  # tries for each image, at most, to get the class that was asked for
-    saved = ("seen_classes", "untrained_solver")  # in the state of a run
+    REDRAWS = 4  # of an image, at most, to get the class that was asked for
+    saved = ("seen_classes", "untrained_solver")  # in the state of a run: figures/lab/runs.py
 
     def __init__(
         self,
@@ -116,13 +116,13 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.ahead: Samples | None = None  # for minibatches to come
         self.replayed: Samples | None = None  # the replayed part of the current minibatch
 
-    def amount(self, n_real: int, experiences: int) -> int:
-        """Count the replayed samples beside n_real ones, after one or more experiences."""
+    def amount(self, n_current: int, experiences: int) -> int:
+        """Count the replayed samples beside n_current ones, after some experiences."""
         if self.increasing_replay_size:
-            first = n_real if self.replay_size is None else self.replay_size
+            first = n_current if self.replay_size is None else self.replay_size
             return first * 2 ** (experiences - 1)
         if self.replay_size is None:
-            return n_real if self.model_is_generator else n_real * experiences
+            return n_current if self.model_is_generator else n_current * experiences
         return self.replay_size
 
     def before_training(self, strategy: SupervisedTemplate, *args, **kwargs):
@@ -137,7 +137,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     def keep_models(self, strategy: SupervisedTemplate) -> None:
         """Copy solver and generator, to begin again from if the training is interrupted."""
-        self.kept = {model: copy.deepcopy(model) for model in (strategy.model, self.generator)}
+        self.kept = {model: copy.deepcopy(model) for model in {strategy.model, self.generator}}
 
     def after_training(self, strategy: SupervisedTemplate, **kwargs):
         """Forget the copies: nothing was interrupted."""
@@ -173,17 +173,18 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             with torch.no_grad():
                 self.ahead = self.sample(count, self.old_generator, self.old_model)
         self.replayed, self.ahead = self.ahead.split(amount)
-        # Replayed samples take the task label of the first real one: there is only one head.
+        # Replayed samples take the task label of the first current one: there is only one head.
         task_labels = [part[:1].expand(amount, *part.shape[1:]) for part in strategy.mbatch[2:]]
         pairs = zip(strategy.mbatch, [self.replayed.x, self.replayed.y, *task_labels], strict=True)
-        strategy.mbatch = [torch.cat([real, past.to(real.device)]) for real, past in pairs]
+        strategy.mbatch = [torch.cat([new, past.to(new.device)]) for new, past in pairs]
 
     def sample(self, count: int, generator: GenerativeModel, solver: Module | None) -> Samples:
         """Generate images of the learned experiences, and label them.
 
         A generator that can be asked for classes is asked for each with the same chance. An image
         in which the old solver sees another class is drawn again: few training images make a wide
-        density, some of whose samples look like other classes.
+        density, some of whose samples look like other classes. The last draw is kept, and labelled
+        as it looks.
 
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
@@ -194,7 +195,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         if solver is None:
             return Samples(x, torch.zeros(count, dtype=torch.int64))
         logits = self.logits_of_seen_classes(solver, x)
-        for _ in range(0 if asked is None else self.DRAWS - 1):
+        for _ in range(0 if asked is None else self.REDRAWS):
             again = (logits.argmax(1) != asked).nonzero().flatten()
             if not len(again):
                 break
@@ -204,7 +205,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         return Samples(x, y, (logits / self.temperature).softmax(1) if self.temperature else y)
 
     def logits_of_seen_classes(self, solver: Module, x: Tensor) -> Tensor:
-        """Compute the old solver's logits, -∞ for classes that it hasn't seen."""
+        """Compute the old solver's logits, -∞ for new classes: Avalanche opens its head to them
+        before it is copied.
+        """
         all_logits = solver(x).float()
         logits = torch.full_like(all_logits, -torch.inf)
         logits[:, self.seen_classes] = all_logits[:, self.seen_classes]
@@ -216,14 +219,14 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         return len(self.replayed.x) if self.replayed else 0
 
     def after_update(self, strategy: SupervisedTemplate, **kwargs):
-        """Take the replayed samples out again, so that training accuracy is of real ones only."""
+        """Take the replayed samples out again: training accuracy is of current ones only."""
         if self.replayed is None:
             return
-        real = slice(strategy.n_real)
-        strategy.mbatch = [part[real] for part in strategy.mbatch]
+        n = strategy.n_current
+        strategy.mbatch = [part[:n] for part in strategy.mbatch]
         output = strategy.mb_output  # one tensor, or a tuple of them (VAE)
         is_tensor = isinstance(output, Tensor)
-        strategy.mb_output = output[real] if is_tensor else tuple(part[real] for part in output)
+        strategy.mb_output = output[:n] if is_tensor else tuple(part[:n] for part in output)
         self.replayed = None
 
     def after_training_exp(self, strategy: SupervisedTemplate, **kwargs):
@@ -298,12 +301,12 @@ class ReplayTemplate(SupervisedTemplate):
         super().__init__(plugins=plugins, **base_kwargs)
 
     def criterion(self) -> Tensor:
-        """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed), eq. 1.
+        """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed).
 
         Each L is a mean over images: the number of replayed ones doesn't decide how much the past
-        matters, but how noisy its gradient is.
+        matters, but how noisy its gradient is. r = 1/k is the choice of van de Ven & Tolias 2018.
         """
-        losses, n = self.loss_per_image(), self.n_real
+        losses, n = self.loss_per_image(), self.n_current
         if n == len(losses):
             return losses.mean()
         r = self.replay_plugin.ratio
@@ -312,8 +315,8 @@ class ReplayTemplate(SupervisedTemplate):
         return r * losses[:n].mean() + (1 - r) * losses[n:].mean()
 
     @property
-    def n_real(self) -> int:
-        """Count the real images in the minibatch; those behind them are replayed."""
+    def n_current(self) -> int:
+        """Count the current images in the minibatch; those behind them are replayed, or stored."""
         replaying = self.is_training and self.replay_plugin
         return len(self.mb_x) - (self.replay_plugin.n_replayed if replaying else 0)
 
@@ -322,14 +325,14 @@ class ReplayTemplate(SupervisedTemplate):
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
     def eval(self, *args, **kwargs):
-        """Evaluate without drawing on the training's random numbers: looking changes nothing."""
+        """Evaluate; the z that a VAE samples meanwhile don't change the training's."""
         with fork_rng([self.device] if self.device.type == "cuda" else []):
             return super().eval(*args, **kwargs)
 
     def training_epoch(self, **kwargs):
         """Train on the minibatches, in bfloat16 if wanted."""
-        kind = self.device.type, torch.bfloat16, self.bfloat16
-        with torch.autocast(*kind, cache_enabled=False):  # weights change within the context
+        # No cache: the weights change within the context.
+        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16, cache_enabled=False):
             super().training_epoch(**kwargs)
 
     def make_train_dataloader(self, shuffle: bool = True, **kwargs):
@@ -350,7 +353,7 @@ class ReplayTemplate(SupervisedTemplate):
     def load(
         self, rows: Iterable[int], size: int, drop_last: bool = False, **options
     ) -> DataLoader:
-        """Load minibatches of some rows, without drawing on the training's random numbers."""
+        """Load minibatches of rows; of the training's random numbers it draws none."""
         data, options["generator"] = self.adapted_dataset, torch.Generator()
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
@@ -367,14 +370,14 @@ class GenerativeReplay(ReplayTemplate):
     """
 
     def loss_per_image(self) -> Tensor:
-        """Compute the loss of each image: of real ones with their labels, of replayed ones with
-        the old solver's targets.
+        """Compute the loss of each image: of current ones with their labels, of replayed ones
+        with the old solver's targets.
 
         With soft targets that is the cross-entropy of softmax(logits / T) to the old solver's,
         without the customary factor T² (Hinton et al. 2015, section 2), which would give the past
         more weight.
         """
-        n, plugin, logits = self.n_real, self.replay_plugin, self.mb_output.float()
+        n, plugin, logits = self.n_current, self.replay_plugin, self.mb_output.float()
         losses = cross_entropy(logits[:n], self.mb_y[:n], reduction="none")
         if n == len(self.mb_x):
             return losses
@@ -400,9 +403,9 @@ class VAETraining(ReplayTemplate):
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Encode and decode images; of replayed ones that come with latents, decode those alone.
 
-        :return: as `VAE.forward`, but then z_mean and z_log_var are of real images alone.
+        :return: as `VAE.forward`, but then z_mean and z_log_var are of current images alone.
         """
-        n = self.n_real
+        n = self.n_current
         if n == len(self.mb_x) or self.replay_plugin.replayed.z is None:
             return self.model(self.mb_x)
         z_mean, z_log_var = self.model.encode(self.mb_x[:n])
@@ -426,12 +429,12 @@ class VAETraining(ReplayTemplate):
 
 
 class OneCyclePlugin(SupervisedPlugin):
-    """Raise the learning rate and anneal it to 0, in one cycle for each experience.
+    """Raise the learning rate and anneal it, in one cycle for each experience.
 
     After Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate
-    within 15 % of the iterations, then down along a cosine, as torch does it. Adam's first steps
-    are as long as the learning rate, however small the gradient; the rise keeps them short.
-    Adam's moments are reset at the end of each experience: they are made of training images.
+    within 15 % of the iterations, then down to almost 0, along cosines, as torch does it. Adam's
+    first steps are as long as the learning rate, however small the gradient; the rise keeps them
+    short. Adam's moments are reset at the end of each experience: they are made of training images.
 
     :param optimizer: the strategy's optimizer.
     """
@@ -450,7 +453,7 @@ class OneCyclePlugin(SupervisedPlugin):
         )  # fmt: skip
 
     def after_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
-        """Go on in the cycle; at its end, if a plugin has added minibatches, the rate stays 0."""
+        """Go on in the cycle; if a plugin has added minibatches, the rate stays low at its end."""
         if self.schedule.last_epoch + 1 < self.schedule.total_steps:
             self.schedule.step()
 

@@ -91,7 +91,7 @@ class ConditionalVAETraining(VAETraining):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Encode and decode real images with their class; only decode replayed latents."""
-        n, model = self.n_real, self.model
+        n, model = self.n_current, self.model
         if self.is_training:
             model.learned[self.mb_y[:n]] = True
         if n == len(self.mb_x):

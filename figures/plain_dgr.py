@@ -85,22 +85,14 @@ def labelled_replay(vae, solver, seen, temperature, size):
     while True:
         y = torch.tensor(seen)[torch.randint(len(seen), (size * max(1, 2048 // size),))]
         x = vae.generate(len(y), y)
-        logits = logits_of(solver, x, seen)
+        logits = solver(x).float()  # its head masks classes that it hasn't seen
         for _ in range(4):  # draw again what the old solver sees as another class
             again = (logits.argmax(1) != y).nonzero().flatten()
             if not len(again):
                 break
             x[again] = vae.generate(len(again), y[again])
-            logits[again] = logits_of(solver, x[again], seen)
+            logits[again] = solver(x[again]).float()
         yield from zip(x.split(size), (logits / temperature).softmax(1).split(size))
-
-
-def logits_of(solver, x, seen):
-    """Compute the old solver's logits, -∞ for classes that it hasn't seen."""
-    all_logits = solver(x).float()
-    logits = torch.full_like(all_logits, -torch.inf)
-    logits[:, seen] = all_logits[:, seen]
-    return logits
 
 
 def one_cycle(model, constants):

@@ -5,6 +5,8 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torchvision.transforms import v2
 
+from figures.lab.baselines import images_in_memory_of
+from figures.lab.data import in_memory_benchmark
 from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo
 
 SHAPE = (3, 5, 7)
@@ -136,18 +138,24 @@ def test_no_gaussian_has_the_encoding_of_a_single_image_as_its_mean():
     assert len(density.means) == 1 and density.means.abs().max() < 1
 
 
-def test_each_visit_of_a_class_keeps_its_share_and_takes_the_memory_that_is_said():
-    density, sizes = ClassConditionalGMM(2, latent_size=2), 0
+def test_each_visit_of_a_class_keeps_its_share():
+    density = ClassConditionalGMM(2, latent_size=2)
     for visit, count in enumerate((1000, 300, 3000)):
-        y = torch.zeros(count, dtype=torch.int64)
-        density.fit(torch.randn(count, 2) + 20 * visit, y)
-        state = density.state_dict().values()
-        sizes += density.bytes_for(count)
-        assert sizes == sum(part.numel() * part.element_size() for part in state)
+        density.fit(torch.randn(count, 2) + 20 * visit, torch.zeros(count, dtype=torch.int64))
     density.fit(torch.randn(1000, 2) - 99, torch.full((1000,), 5))
     z = density.sample(torch.zeros(30000, dtype=torch.int64))
     shares = (z.mean(1) / 20).round().long().bincount(minlength=3) / len(z)
     torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.015, rtol=0)
+
+
+def test_er_gets_the_bytes_of_a_generator_that_has_seen_the_whole_stream():
+    sizes = 1000, 1, 300, 3000  # of a class that returns; of one image no mixture is made
+    stream = [(torch.rand(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64)) for n in sizes]
+    vae = VAE((1, 1, 1), 8, latent_size=2, density=ClassConditionalGMM(2, 2))
+    expected = images_in_memory_of(vae, in_memory_benchmark(train=stream, test=stream))
+    for x, y in stream:
+        vae.density.fit(vae.encode(x)[0].detach(), y)
+    assert expected == sum(part.nbytes for part in vae.state_dict().values())
 
 
 def test_a_vae_generates_from_its_density_and_its_state_holds_it():

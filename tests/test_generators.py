@@ -133,7 +133,7 @@ def test_what_the_old_solver_sees_as_another_class_is_drawn_again():
     assert samples.y.equal((10 * samples.x[:, 0, 0, 0]).round().long())  # of the image replayed
     expected = (solver(samples.x)[:, [1, 3]] / 2).softmax(1)
     torch.testing.assert_close(samples.targets[:, [1, 3]], expected)
-    wrong = 2000 / 2**plugin.DRAWS
+    wrong = 2000 / 2 ** (plugin.REDRAWS + 1)
     assert (samples.y == 1).sum() == pytest.approx(2000 + wrong, abs=120)
 
 

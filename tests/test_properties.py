@@ -53,7 +53,7 @@ class Witness(SupervisedPlugin):
         self.images = self.seen = self.frozen = None  # of this experience, set from outside
 
     def before_forward(self, strategy, **kwargs):
-        plugin, k, n = strategy.replay_plugin, strategy.clock.train_exp_counter, strategy.n_real
+        plugin, k, n = strategy.replay_plugin, strategy.clock.train_exp_counter, strategy.n_current
         x, y, task_labels = strategy.mbatch
         self.minibatches.append(n)
         amount, doubled = self.constants.REPLAY_SIZE, self.constants.INCREASING_REPLAY_SIZE

@@ -59,7 +59,7 @@ class Spy(SupervisedPlugin):
     def before_backward(self, strategy, **kwargs):
         output = strategy.mb_output
         self.notes.append(SimpleNamespace(
-            experience=strategy.experience.current_experience, n=strategy.n_real,
+            experience=strategy.experience.current_experience, n=strategy.n_current,
             x=strategy.mb_x, y=strategy.mb_y, task_labels=strategy.mbatch[2:],
             replayed=strategy.replay_plugin and strategy.replay_plugin.replayed,
             loss=strategy.loss.item(), rate=strategy.optimizer.param_groups[0]["lr"],

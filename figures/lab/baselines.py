@@ -17,9 +17,9 @@ from figures.lab.data import shape_and_classes, tensors_of
 class JointPlugin(SupervisedPlugin):
     """Train on all experiences so far, as a reference; Avalanche calls this cumulative.
 
-    Each minibatch has as many images as one of `replay` has real and replayed ones.
+    Each minibatch has as many images as one of `replay` has current and replayed ones.
 
-    :param replayed: (real images, experiences learned) -> replayed images in a minibatch.
+    :param replayed: (current images, experiences learned) -> replayed images in a minibatch.
     """
 
     def __init__(self, replayed: Callable[[int, int], int]):
@@ -42,10 +42,13 @@ def images_in_memory_of(generator: Module, benchmark: CLScenario) -> int:
 
     Its mixtures of the whole stream are counted in.
     """
-    size = sum(part.numel() * part.element_size() for part in generator.state_dict().values())
-    labels = [tensors_of(experience)[1] for experience in benchmark.train_stream]
+    size = sum(part.nbytes for part in generator.state_dict().values())
     if density := getattr(generator, "density", None):
-        size += sum(density.bytes_for(n) for y in labels for n in y.bincount().tolist() if n > 1)
+        latents = density.means.shape[1]
+        for experience in benchmark.train_stream:
+            for n in tensors_of(experience)[1].bincount().tolist():
+                if n > 1:  # label and covariance; mixture, weight and mean of each Gaussian
+                    size += 8 + 4 * latents**2 + density.n_gaussians(n) * (12 + 4 * latents)
     shape, _ = shape_and_classes(benchmark)
     return size // math.prod(shape)
 
@@ -59,7 +62,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
     of a run can hold.
 
     :param mem_size: number of images to store.
-    :param replayed: (real images, experiences learned) -> replayed images in a minibatch.
+    :param replayed: (current images, experiences learned) -> replayed images in a minibatch.
     :param ratio: weight of the current data in the loss; None: 1/k at the k-th experience.
     """
 
