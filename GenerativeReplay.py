@@ -57,7 +57,7 @@ MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z f
 
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
-THREADS: PositiveInt = 1  # of a run; more pay with layers of 1000 units, if nothing else runs
+THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
 N_JOBS: PositiveInt = 1  # runs at the same time, each in a process
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder

@@ -36,7 +36,7 @@ KL_WEIGHT: PositiveFloat = 0.07  # β, weight of the divergence; 1: the ELBO its
 MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z from N(0, I)
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
-THREADS: PositiveInt = 1  # of a run; more pay with layers of 1000 units, if nothing else runs
+THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
 RESULTS_DIR: str = "results"  # where results and figures go
 # --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ import GenerativeReplay
 from figures import draw
 from figures.ablation import COMPONENTS, PLAIN_DGR
 from figures.lab import data, report
-from figures.lab.runs import setup
+from figures.lab.runs import backend, setup
 
 SMALL = ("--dataset", "digits", "--hidden-units", 40, "--latent-size", 4)
 EXPERIMENT = (*SMALL, "--iterations", 30, "--strategies", "replay", "naive", "joint", "er")
@@ -257,14 +258,20 @@ def test_task_accuracies_choose_among_the_classes_of_the_experience():
     assert report.confusions(solver, stream) == confusions
 
 
-def test_one_thread_unless_told_otherwise(monkeypatch):
-    for told, threads in ((False, 1), (True, 2)):
-        torch.set_num_threads(2)
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if told:
-            monkeypatch.setenv("OMP_NUM_THREADS", "2")  # torch has read it
-        setup(CONSTANTS)
-        assert torch.get_num_threads() == threads
+@pytest.mark.parametrize(
+    "variable, constant, threads", [(None, None, 1), ("2", None, 2), ("2", 3, 3), (None, 3, 3)]
+)
+def test_one_thread_unless_told_otherwise(variable, constant, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)  # as many as torch has read from the variable, or chosen
+    constants = setup(CONSTANTS.changed(THREADS=constant, N_JOBS=2))
+    assert torch.get_num_threads() == threads
+    if threads == 3:  # which isn't the share of a process either
+        with backend(constants):
+            asked = [joblib.delayed(os.getenv)("OMP_NUM_THREADS")] * 2
+            assert joblib.Parallel()(asked) == ["3", "3"]
     torch.set_num_threads(1)
 
 

@@ -54,9 +54,9 @@ def setup(constants: Constants) -> Constants:
     :return: the constants, with a DEVICE and a BFLOAT16 that suit the machine.
     :raises UserError: if the DEVICE can't be used.
     """
-    if "OMP_NUM_THREADS" not in os.environ:  # which torch has read itself
+    if constants.THREADS or "OMP_NUM_THREADS" not in os.environ:  # which torch has read itself
         # Two threads wait for each other: beside other work they are slower, by a multiple.
-        torch.set_num_threads(constants.THREADS)
+        torch.set_num_threads(constants.THREADS or 1)
     # Adam's moments of units without gradient decay into denormal numbers, which take an x86 CPU
     # nine times as long. Threads take it over when they start.
     torch.set_flush_denormal(True)
@@ -97,16 +97,15 @@ class Run:
         self.path = self.folder / ("generator.json" if strategy == "generator" else "results.json")
         self.title = f"{name or strategy}, seed {seed}"
         packages = ("torch", "torchvision", "avalanche-lib")
-        self.record = {
-            "name": name or strategy,
+        self.now = {"name": name or strategy, "notice": images.notice}  # whatever a record says
+        self.record = self.now | {
             "dataset": images.name,
-            "notice": images.notice,
             "seed": seed,
             "constants": constants.model_dump(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
             "seconds": 0.0,
         }
-        self.arrays: dict[str, list[torch.Tensor]] = defaultdict(list)  # one for each experience
+        self.arrays: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @property
     def finished(self) -> bool:
@@ -131,8 +130,7 @@ class Run:
             path.unlink()
         if self.finished:
             say(f"{self.title}: finished already, in {self.folder}")
-            now = {key: self.record[key] for key in ("name", "notice")}
-            self.record = read_record(self.path) | now
+            self.record = read_record(self.path) | self.now
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -158,7 +156,7 @@ class Run:
             for experience in [*benchmark.train_stream[:done], *benchmark.test_stream]:
                 avalanche_model_adaptation(strategy.model, experience)  # heads that grow
             load_state(strategy, state)
-            self.record |= state["record"] | {"name": self.record["name"]}
+            self.record |= state["record"] | self.now
             self.arrays.update(state["arrays"])
         self.started = time.perf_counter()
         return benchmark.train_stream[done:]
@@ -321,7 +319,9 @@ def backend(constants: Constants):
     if constants.SCHEDULER is None:
         # joblib cleans up what an interruption leaves behind, and need not say so.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        return joblib.parallel_config("loky", n_jobs=constants.N_JOBS)
+        # Else joblib would give each process its share of all cores.
+        inner = {"inner_max_num_threads": torch.get_num_threads()}
+        return joblib.parallel_config("loky", n_jobs=constants.N_JOBS, **inner)
     if Client is None:
         raise UserError("SCHEDULER needs `pip install distributed`")
     try:
