@@ -14,6 +14,7 @@ from figures.lab.constants import (
     Constants,
     Device,
     Distinct,
+    Folder,
     Seed,
     Share,
     UserError,
@@ -28,7 +29,7 @@ Strategy = Literal["replay", "naive", "joint", "er"]
 # Constants of this script. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; auto: mnist or digits
-DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
+DATA_DIR: Folder = os.environ.get("DATA_DIR") or "data"  # of mnist etc., downloaded if missing
 IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: 32 if needed
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
 SCENARIO: Literal["class", "domain", "permuted"] = "class"  # new classes, domains or pixel orders
@@ -61,7 +62,7 @@ THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
 N_JOBS: PositiveInt = 1  # runs at the same time, each in a process
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
-RESULTS_DIR: str = "results"  # where results and figures go
+RESULTS_DIR: Folder = "results"  # where results and figures go
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":

@@ -11,13 +11,21 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from figures.lab.constants import Constants, Device, Distinct, Seed, read_options, run_command
+from figures.lab.constants import (
+    Constants,
+    Device,
+    Distinct,
+    Folder,
+    Seed,
+    read_options,
+    run_command,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Constants of this script. Edit them here, or give them on the command line: BATCH_SIZE = 64 is
 # `--batch-size 64`, SEEDS = (0, 1, 2) is `--seeds 0 1 2`, None is `none`.
 DATASET: str = "auto"  # mnist, fashion, kmnist, digits, a folder of images; auto: mnist or digits
-DATA_DIR: str = os.environ.get("DATA_DIR") or "data"  # where mnist etc. lie, or are downloaded to
+DATA_DIR: Folder = os.environ.get("DATA_DIR") or "data"  # of mnist etc., downloaded if missing
 IMAGE_SIZE: PositiveInt | None = None  # pixels to resize a folder's images to; none: 32 if needed
 VALIDATION_SIZE: NonNegativeInt = 0  # training images to test on instead, for choosing constants
 SCENARIO: Literal["class", "domain", "permuted"] = "class"  # new classes, domains or pixel orders
@@ -37,7 +45,7 @@ MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z f
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
 THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
-RESULTS_DIR: str = "results"  # where results and figures go
+RESULTS_DIR: Folder = "results"  # where results and figures go
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ablation: components added to plain DGR one by one, and left out of the whole one by one.
 
 `python -m figures.ablation --n-jobs 2 --seeds 0 1 2 --results-dir results/ablation`, with any
-option of GenerativeReplay.py. Edit the components here.
+other option of GenerativeReplay.py. Edit the components here.
 """
 
 import sys
@@ -13,7 +13,7 @@ import GenerativeReplay
 from figures import draw
 from figures.generators import make_aligned_strategy, make_unaligned_strategy
 from figures.lab import data, report
-from figures.lab.constants import read_constants, run_command
+from figures.lab.constants import UserError, read_constants, run_command
 from figures.lab.runs import setup, side_by_side
 
 # The components in the order in which they are added, and what turns each off: constants, or
@@ -31,16 +31,18 @@ COMPONENTS = {
     "replay alignment": {"make_generator": make_unaligned_strategy},
     "KL weight": {"KL_WEIGHT": 1.0},
 }
-PLAIN_DGR = {name: of for off in COMPONENTS.values() for name, of in off.items() if name.isupper()}
+EVERYTHING = {name: of for off in COMPONENTS.values() for name, of in off.items()}
+PLAIN_DGR = {name: of for name, of in EVERYTHING.items() if name.isupper()}
 
 
 def main() -> None:
     """Run plain DGR, each step to the default recipe and back from it, naive and joint; draw."""
     constants = setup(read_constants(GenerativeReplay, sys.argv[1:]))
+    if constants.STRATEGIES != ("replay",):
+        raise UserError("the ablation chooses its strategies: leave STRATEGIES at replay")
     images = data.load_images(constants)
     constants = data.fill_in(constants, images)
-    everything = {name: of for off in COMPONENTS.values() for name, of in off.items()}
-    plans, off = {"plain DGR": everything}, everything
+    plans, off = {"plain DGR": EVERYTHING}, EVERYTHING
     for component, component_off in COMPONENTS.items():
         off = {name: value for name, value in off.items() if name not in component_off}
         plans[f"+ {component}"] = off
@@ -62,7 +64,6 @@ def main() -> None:
     draw.save(ablation, runs, folder / "figures" / "ablation.png")
 
 
-@plt.rc_context(draw.STYLE)
 def ablation(runs: list[dict]) -> plt.Figure:
     """Draw the final accuracy with each component added, and with each left out.
 

@@ -88,6 +88,7 @@ def save(function: Callable, runs: list[dict], path: Path) -> bool:
     :param function: returns the figure, or None if the runs have nothing to draw.
     :return: whether the file is there.
     """
+    others = plt.get_fignums()
     try:
         style = STYLE | {"font.family": fonts(other_characters(runs))}
         with plt.rc_context(style), warnings.catch_warnings():
@@ -102,7 +103,8 @@ def save(function: Callable, runs: list[dict], path: Path) -> bool:
         say(f"{path} can't be drawn: {reason}", sys.stderr)
         return False
     finally:
-        plt.close("all")
+        for number in set(plt.get_fignums()).difference(others):
+            plt.close(number)
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -175,19 +177,14 @@ def experience_names(runs: list[dict]) -> list[str]:
     names = {tuple(run["experiences"]) for run in runs}
     if len(names) > 1:
         return [str(i) for i in range(1, len(names.pop()) + 1)]
-    labels, classes = runs[0]["label_order"], runs[0]["classes"]
+    experiences, classes = runs[0]["experiences"], runs[0]["classes"]
     shortened = []
-    for name, group in zip(runs[0]["experiences"], divided(labels, len(runs[0]["experiences"]))):
+    for name, group in zip(experiences, np.array_split(runs[0]["label_order"], len(experiences))):
         if len(name) > LONGEST and name == " ".join(classes[label] for label in group):
             first, last = (shown(classes[label], 14) for label in group[[0, -1]])
             name = f"{first} … {last}"
         shortened.append(shown(name, 31))
     return shortened
-
-
-def divided(labels: list[int], experiences: int) -> list[np.ndarray]:
-    """Divide labels among experiences."""
-    return np.array_split(labels, experiences)
 
 
 # --- Drawing --------------------------------------------------------------------------------------
@@ -232,10 +229,10 @@ def band(axes, x: np.ndarray, curves: np.ndarray, **style) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.3, linewidth=0)
 
 
-def mosaic(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
     """Put images, shape (n, C, H, W), side by side in one, shape (rows, columns, C)."""
     images = np.moveaxis(images, 1, -1)
-    padded = np.pad(images, ((0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=np.nan)
+    padded = np.pad(images, ((0, 0), (2, 0), (2, 0), (0, 0)), constant_values=np.nan)
     n, height, width, channels = padded.shape
     grid = padded.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
     return grid.reshape(n // columns * height, columns * width, channels)
@@ -286,7 +283,6 @@ def some(chosen: np.ndarray, count: int, what: str) -> str:
     return f", {len(chosen)} of {count} {what}" if len(chosen) < count else ""
 
 
-@plt.rc_context(STYLE)
 def samples(runs: list[dict]) -> plt.Figure | None:
     """Draw generated images after each experience of the first run, two for each class."""
     run, images = runs[0], arrays_of(runs[0]).get("samples")
@@ -314,7 +310,6 @@ def samples(runs: list[dict]) -> plt.Figure | None:
     return laid_out(figure)
 
 
-@plt.rc_context(STYLE)
 def generator(runs: list[dict]) -> plt.Figure:
     """Draw a run's samples after each experience, and reconstructions beside test images."""
     (run,) = runs
@@ -337,7 +332,6 @@ def generator(runs: list[dict]) -> plt.Figure:
     return laid_out(figure)
 
 
-@plt.rc_context(STYLE)
 def saved_generator(runs: list[dict], arrays: dict) -> plt.Figure:
     """Draw samples, reconstructions, and walks through latent space, by a saved generator."""
     rows, columns = evenly(len(arrays["walks"]), 10), arrays["reconstructions"].shape[1]
@@ -363,7 +357,6 @@ def saved_generator(runs: list[dict], arrays: dict) -> plt.Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
 def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     """Draw the mean accuracy matrix in percent, without experiences yet to come."""
     matrix = 100 * np.mean([run["accuracy_matrix"] for run in runs], axis=0)
@@ -376,7 +369,6 @@ def accuracy_matrix(runs: list[dict]) -> plt.Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
 def confusion_matrix(runs: list[dict]) -> plt.Figure:
     """Draw the classes that the solver sees in test images after the last experience."""
     counts = np.sum([run["confusion_matrix"] for run in runs], axis=0)
@@ -412,7 +404,6 @@ def heat_map(matrix: np.ndarray, labels: list, unit: str, norm: Normalize) -> tu
     return axes, figure
 
 
-@plt.rc_context(STYLE)
 def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     """Draw the accuracy on the experiences so far: mean and standard error for each name.
 
@@ -430,8 +421,9 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
         if curves.mean(0).min() > 80:
             close.append((x, curves, style))
     counts = {len(run["experiences"]) for run in runs}
-    if len(counts) == 1 and {run["constants"]["SCENARIO"] for run in runs} == {"class"}:
-        groups = divided(runs[0]["label_order"], len(x))
+    sizes = {(len(run["experiences"]), len(run["label_order"])) for run in runs}
+    if len(sizes) == 1 and {run["constants"]["SCENARIO"] for run in runs} == {"class"}:
+        groups = np.array_split(runs[0]["label_order"], len(x))
         chance = 100 / np.cumsum([len(group) for group in groups])
         axes.plot(x, chance, ":", color="gray", label=f"chance: {chance[-1]:.2g}")
     if len(close) > 1:
@@ -456,7 +448,6 @@ def accuracy_so_far(runs: list[dict]) -> plt.Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
 def forgetting(runs: list[dict]) -> plt.Figure:
     """Draw the accuracy on each experience from when it was learned to the end."""
     names, count = experience_names(runs), len(runs[0]["experiences"])
@@ -486,7 +477,6 @@ def forgetting(runs: list[dict]) -> plt.Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
 def losses(runs: list[dict]) -> plt.Figure:
     """Draw the losses of solver and generator over the iterations of all experiences.
 

@@ -68,11 +68,6 @@ class ConditionalVAE(VAE):
         z = self.with_class(self.reparametrize(z_mean, z_log_var), y)
         return self.decode(z), z_mean, z_log_var
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """Reconstruct images from the mean of q(z|x) and their classes."""
-        return torch.sigmoid(self.decode(self.with_class(self.encode(x)[0], y)))
-
     def learned_classes(self) -> Tensor:
         """Return the classes trained on (int64), shape (n,)."""
         return self.learned.nonzero().flatten()
@@ -174,18 +169,17 @@ class WGAN(GenerativeModel):
         return images[0] if batch_size is None else images
 
 
-def critic_loss(output: tuple[Tensor, Tensor, Tensor], penalty: float = 10) -> Tensor:
+def critic_loss(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Compute the loss of the critic of a `WGAN` for each image (Gulrajani et al. 2017, eq. 3).
 
-    It is the score of a generated image minus that of a real one, plus λ·(‖gradient‖ - 1)², which
+    It is the score of a generated image minus that of a real one, plus 10·(‖gradient‖ - 1)², which
     keeps the score from changing faster than the image (arXiv 1704.00028).
 
     :param output: what `WGAN.forward` returned for real images.
-    :param penalty: λ.
     :return: one loss for each image, shape (batch,).
     """
     real, generated, slope = output
-    return generated - real + penalty * (slope - 1).square()
+    return generated - real + 10 * (slope - 1).square()
 
 
 class WGANTraining(ReplayTemplate):
@@ -232,14 +226,16 @@ def make_wgan_strategy(benchmark: CLScenario, constants: Constants, **replay) ->
 
 # --- A generator without any network --------------------------------------------------------------
 
+COMPONENTS = 30  # principal components of a class, at most
+
 
 class Gaussians(GenerativeModel):
     """Generate each class from a Gaussian on its principal components, without any network."""
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, components: int = 30):
+    def __init__(self, shape: tuple[int, int, int], classes: int):
         super().__init__()
         self.register_buffer("means", torch.zeros(classes, *shape))
-        self.register_buffer("axes", torch.zeros(classes, components, *shape))  # one σ long
+        self.register_buffer("axes", torch.zeros(classes, COMPONENTS, *shape))  # one σ long
 
     def learned_classes(self) -> Tensor:
         """Return the classes whose mean is known (int64), shape (n,)."""
@@ -257,22 +253,26 @@ class Gaussians(GenerativeModel):
 class GaussiansTraining:
     """Fit `Gaussians`, without replay: a class keeps its Gaussian until it returns."""
 
-    def __init__(self, shape: tuple[int, int, int], classes: int):
-        self.model = Gaussians(shape, classes)
+    def __init__(self, model: Gaussians):
+        self.model = model
 
     def train(self, experience, **kwargs) -> None:
         """Fit the principal components of each class of an experience."""
         x, y, _ = data.tensors_of(experience)
         for label in y.unique():
-            pca = PCA(self.model.axes.shape[1], random_state=0).fit(x[y == label].flatten(1))
+            images = x[y == label].flatten(1)
+            if len(images) < 2:
+                continue  # the mean of a single image would be that image
+            pca = PCA(min(COMPONENTS, *images.shape), random_state=0).fit(images)
             axes = pca.explained_variance_[:, None] ** 0.5 * pca.components_
             self.model.means[label] = torch.tensor(pca.mean_).view_as(x[0])
-            self.model.axes[label] = torch.tensor(axes).view_as(self.model.axes[label])
+            self.model.axes[label] = 0
+            self.model.axes[label, : len(axes)] = torch.tensor(axes).view(-1, *x.shape[1:])
 
 
 def make_gaussians_strategy(benchmark: CLScenario, constants: Constants, **replay):
     """Wrap Gaussians; they need no replay."""
-    return GaussiansTraining(*data.shape_and_classes(benchmark))
+    return GaussiansTraining(Gaussians(*data.shape_and_classes(benchmark)).to(constants.DEVICE))
 
 
 # --- The VAE with and without replay alignment, for the ablation ----------------------------------
@@ -314,13 +314,15 @@ def main() -> None:
     """Run replay with each generator, measure its samples, and print and draw both."""
     words = sys.argv[1:]
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    names = words[:count] or list(GENERATORS)
+    names = list(dict.fromkeys(words[:count])) or list(GENERATORS)
     for name in names:
         if name not in GENERATORS:
             raise UserError(f"{name!r} isn't one of {', '.join(GENERATORS)}")
     constants = setup(read_constants(GenerativeReplay, words[count:]))
     if constants.SCENARIO != "class":
         raise UserError("samples are measured by their class: leave SCENARIO at class")
+    if constants.STRATEGIES != ("replay",):
+        raise UserError("generators are compared by replay: leave STRATEGIES at replay")
     images = data.load_images(constants)
     constants = data.fill_in(constants, images)
     same = {"strategy": "replay", "constants": constants}
@@ -344,15 +346,14 @@ def main() -> None:
 
 def saved_scholar(run: dict, images: data.Images, constants: Constants):
     """Build the scholar of a finished run from its state."""
-    constants = constants.changed(**run["constants"])
-    benchmark = data.make_benchmark(images, constants)
+    torch.manual_seed(run["seed"])  # of the order of the classes
+    benchmark = data.make_benchmark(images, data.shuffle_classes(constants))
     make_generator = GENERATORS[run["name"]]
     scholar = GenerativeReplay.make_scholar(benchmark, constants, make_generator=make_generator)
     load_state(scholar, read_state(run["folder"] / "state.pt"))
     return scholar
 
 
-@plt.rc_context(draw.STYLE)
 def generators(runs: list[dict]) -> plt.Figure:
     """Draw the accuracy retained on earlier experiences against the quality of the samples."""
     figure, all_axes = plt.subplots(1, 3, sharey=True, figsize=(draw.WIDTH, 0.42 * draw.WIDTH))

@@ -119,6 +119,8 @@ def main() -> None:
     for name in UNUSED:
         if getattr(constants, name) != getattr(GenerativeReplay, name):
             raise UserError(f"{name} has no effect in this loop; GenerativeReplay.py has it")
+    if len(constants.SEEDS) > 1:
+        raise UserError("this loop runs once: SEEDS has to be a single one")
     if not (constants.TEMPERATURE and constants.MIXTURE_COMPONENTS):
         raise UserError("this loop has soft targets and a density; GenerativeReplay.py needs none")
     constants = setup(constants)

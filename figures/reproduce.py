@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote, split
 
 from PIL import ImageOps
 from torchvision.datasets import MNIST
 
 from figures import draw
 from figures.ablation import PLAIN_DGR
-from figures.lab import report
+from figures.lab import data, report
 from figures.lab.constants import UserError, run_command, unknown
 from figures.lab.runs import save_record
 from Generator import DATA_DIR
@@ -32,8 +33,8 @@ STREAMS = {
     "permuted": "--scenario permuted --n-experiences 10",
 }
 FOLDERS = {  # of images, in DATA_DIR; see figures/README.md
-    "letters": f"--dataset {Path(DATA_DIR, 'arabic-letters')} --n-experiences 7",
-    "omniglot": f"--dataset {Path(DATA_DIR, 'omniglot')} --n-experiences 11",
+    "letters": f"--dataset {quote(f'{DATA_DIR}/arabic-letters')} --n-experiences 7",
+    "omniglot": f"--dataset {quote(f'{DATA_DIR}/omniglot')} --n-experiences 11",
 }
 # As published: 2,000 iterations of 128 + 128 images.
 PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "REPLAY_SIZE": 128}
@@ -78,12 +79,12 @@ def main() -> None:
     """Run the commands, write their means, and draw the figure that needs two of them."""
     names = sys.argv[1:] or list(RUNS)
     for name in set(names) - RUNS.keys():
-        raise UserError(unknown(name, RUNS))
+        raise UserError(unknown(name, RUNS, "figures/reproduce.py"))
     path = Path("figures", "results.json")
     for name in names:
         if "inverted" in name and not INVERTED.exists():
             invert_mnist()
-        words = [*RUNS[name].split(), "--n-jobs", "2", "--results-dir", f"results/{name}"]
+        words = [*split(RUNS[name]), "--n-jobs", "2", "--results-dir", f"results/{name}"]
         if "--dataset" not in words:  # "auto" would replace a missing MNIST by the digits
             words += ["--dataset", "mnist"]
         print(f"\n{name}: python {' '.join(words)}", flush=True)
@@ -108,10 +109,10 @@ def main() -> None:
 
 def invert_mnist() -> None:
     """Save MNIST's digits, black on white, as a folder of images."""
+    data.load_published("MNIST", DATA_DIR)  # downloads it, or says in a line why not
     unfinished = INVERTED.with_name("unfinished")
     for part in ("train", "test"):
-        data = MNIST(DATA_DIR, part == "train", download=True)
-        for number, (image, label) in enumerate(data):
+        for number, (image, label) in enumerate(MNIST(DATA_DIR, part == "train")):
             path = unfinished / part / str(label) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             ImageOps.invert(image).save(path)

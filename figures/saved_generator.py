@@ -33,16 +33,20 @@ def show_saved_generator(folder: Path) -> None:
     state = read_state(folder / "state.pt")
     if len(state["strategies"]) == 1 and "accuracy_matrix" in state["record"]:
         raise UserError(f"{str(folder)!r} is a run without generator; name one of replay")
-    if "z_mean.weight" not in state["strategies"][-1]["model"]:
-        raise UserError(f"{str(folder)!r} has another generator than a VAE")
-    now = read_constants(Generator)
-    saved = state["record"]["constants"]
+    record, model = state["record"], state["strategies"][-1]["model"]
+    now, saved = read_constants(Generator), record["constants"]
     known = {name: saved[name] for name in type(now).model_fields.keys() & saved.keys()}
     constants = setup(now.changed(**known | {"DATA_DIR": now.DATA_DIR, "DEVICE": now.DEVICE}))
-    benchmark = data.make_benchmark(data.load_images(constants), constants)
+    images = data.load_images(constants)
+    if images.name != record["dataset"]:
+        raise UserError(f"DATASET is {images.name} by now; the run has learned {record['dataset']}")
+    torch.manual_seed(record["seed"])  # of the order of the classes
+    benchmark = data.make_benchmark(images, data.shuffle_classes(constants))
     vae = Generator.make_generator_strategy(benchmark, constants).model.to(constants.DEVICE)
-    vae.load_state_dict(state["strategies"][-1]["model"])
-    x = data.first_of_each_class(benchmark, state["record"]["label_order"]).to(constants.DEVICE)
+    if vae.state_dict().keys() != model.keys():
+        raise UserError(f"{str(folder)!r} has another generator than a VAE")
+    vae.load_state_dict(model)
+    x = data.first_of_each_class(benchmark, record["label_order"]).to(constants.DEVICE)
     # Each row of walks goes from one class to the next, in twenty steps.
     ends, share = vae.encode(x)[0][:, None], torch.linspace(0, 1, 20)[:, None].to(x)
     walks = torch.lerp(ends[0 : len(x) // 2 * 2 : 2], ends[1::2], share)
@@ -53,7 +57,7 @@ def show_saved_generator(folder: Path) -> None:
     }
     arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
     picture = folder / "saved_generator.png"
-    if draw.save(partial(draw.saved_generator, arrays=arrays), [state["record"]], picture):
+    if draw.save(partial(draw.saved_generator, arrays=arrays), [record], picture):
         print(f"samples, reconstructions and walks: {picture}")
 
 

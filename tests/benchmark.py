@@ -6,7 +6,6 @@ are measured in turn, and medians are quoted.
 
 import argparse
 import copy
-import json
 import resource
 import statistics
 import subprocess
@@ -218,12 +217,10 @@ def two_at_a_time(repeats: int, iterations: int) -> list[float]:
 
 
 def main() -> None:
-    """Measure, print each row as soon as it is there, and write the medians."""
+    """Measure, and print each row as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, shorter runs")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the medians to FILE")
-    arguments = parser.parse_args()
-    quick, medians = arguments.quick, {}
+    quick = parser.parse_args().quick
     repeats, slow, iterations = (3, 1, 25) if quick else (7, 7, 100)
     bfloat16 = {"BFLOAT16": setup(CONSTANTS.changed(BFLOAT16=None)).BFLOAT16}  # as by default
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -231,11 +228,8 @@ def main() -> None:
 
     def report(what: str, target: str, values: list[float]) -> None:
         spread = f"{min(values):.2f} to {max(values):.2f}"
-        medians[what] = statistics.median(values)
-        middle = f"{medians[what]:7.2f}"
+        middle = f"{statistics.median(values):7.2f}"
         print(f"{what:48} {target:>8} {middle} {spread:>13} {len(values):3}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(medians, indent=1))
 
     # Memory first: a peak of what came before would hide it.
     late, memory = growth(1 if quick else 5, 4 if quick else 20)

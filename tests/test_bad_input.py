@@ -62,6 +62,10 @@ BAD_COMMAND_LINES = [
     ("--validation-size 1435", "VALIDATION_SIZE is 1435.*10"),
     ("--results-dir file", "RESULTS_DIR.*'file'"),
     ("--load nowhere", "--load is unknown"),
+    ("--results-dir", r"RESULTS_DIR is \[\]: .*string"),
+    ("--image-size 9", "IMAGE_SIZE is for folders of images, and DATASET is 'digits'"),
+    ("--scenario domain --n-experiences 10", "N_EXPERIENCES is 10: a domain would have one class"),
+    ("--scenario permuted --shuffle-classes", "SCENARIO 'permuted' has all classes in each"),
     ("--scheduler localhost", ".*(SCHEDULER|scheduler)"),
 ]
 
@@ -78,9 +82,13 @@ def test_a_comparison_refuses_what_it_does_not_compare(complaint):
     assert complaint(*words, module=module) == (
         "samples are measured by their class: leave SCENARIO at class\n"
     )
+    for each in module, "figures.ablation":
+        assert complaint("--strategies", "er", module=each).endswith("STRATEGIES at replay\n")
     names = complaint("vae", "gan", module=module)
     assert names == "'gan' isn't one of vae, cvae, wgan-gp, gaussians\n"
     assert complaint("mnsit", module="figures.reproduce").endswith("did you mean mnist?\n")
+    line = complaint("--help", module="figures.reproduce")
+    assert line == "--help is unknown; see figures/reproduce.py\n"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +96,7 @@ def test_a_comparison_refuses_what_it_does_not_compare(complaint):
     [
         (("--ratio", "0.3"), "RATIO has no effect"),
         (("--shuffle-classes",), "SHUFFLE_CLASSES has no effect"),
+        (("--seeds", "0", "1"), "this loop runs once"),
         (("--temperature", "none"), "this loop has soft targets and a density"),
         (("--mixture-components", "0"), "this loop has soft targets and a density"),
     ],
@@ -144,6 +153,7 @@ def test_changes_are_made_in_a_copy_and_options_come_from_a_list():
     again = constants.changed(SEEDS=(5, 5), BATCH_SIZE=3)  # a seed is run once
     assert (again.SEEDS, again.BATCH_SIZE, again.ONE_CYCLE) == ((5,), 3, False)
     assert (constants.SEEDS, constants.BATCH_SIZE) == ((0, 1), GenerativeReplay.BATCH_SIZE)
+    assert constants.changed(RESULTS_DIR="~/r").RESULTS_DIR == os.path.expanduser("~/r")
     with pytest.raises(UserError, match="--seed is unknown; did you mean --seeds?"):
         read_constants(GenerativeReplay, ["--seed", "1"])
 

@@ -591,9 +591,6 @@ def test_what_changes_no_value_is_converted(change):
         assert torch.equal(images, x) and torch.equal(labels, y) and not tasks.any()
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
         assert not images.requires_grad
-    scholar = GenerativeReplay.make_scholar(benchmark, constants())
-    for experience in benchmark.train_stream:
-        scholar.train(experience)
 
 
 def test_half_precision_and_truth_values_are_converted():

@@ -197,7 +197,7 @@ def carried_over(scholar):
 
 
 @pytest.mark.parametrize("generator", ["vae", "cvae", "wgan-gp"])
-@pytest.mark.parametrize("changes", [{}, {"BATCH_SIZE": 1}, {"MIXTURE_COMPONENTS": 0}])
+@pytest.mark.parametrize("changes", [{}, {"BATCH_SIZE": 1}])
 def test_no_image_is_kept(generator, changes):
     scholar, images = trained_scholar(generator, **changes)
     assert kept_images(carried_over(scholar), images) == []
@@ -232,4 +232,4 @@ def test_an_image_that_is_kept_anywhere_is_found(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(*way, raising=False)
             assert kept_images(carried_over(scholar), images) != [], way
-        assert kept_images(carried_over(scholar), images) == []
+    assert kept_images(carried_over(scholar), images) == []

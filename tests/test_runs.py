@@ -22,6 +22,7 @@ from conftest import CONSTANTS, OFFLINE, ROOT, begin, run
 import GenerativeReplay
 from figures.ablation import PLAIN_DGR
 from figures.lab import runs
+from figures.lab.constants import UserError
 from figures.lab.data import load_digits
 
 SMALL = {"DATASET": "digits", "HIDDEN_UNITS": 40, "LATENT_SIZE": 4, "ITERATIONS": 40}
@@ -159,21 +160,25 @@ def test_a_bad_state_is_neither_loaded_nor_overwritten(tmp_path):
     assert run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False).returncode == 0
     state = wait_for_state(tmp_path)
     record = state.with_name("results.json")
-    for content in "", "{}", "[1]":
+    for content in "{}", "[1]", "":
         record.write_text(content)
-        done = run("GenerativeReplay.py", *words, cwd=tmp_path)
-        assert done.returncode == 2 and "results.json can't be read" in one_line(done.stderr)
+        with pytest.raises(UserError, match="results.json can't be read"):
+            runs.read_record(record)
+    done = run("GenerativeReplay.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and "results.json can't be read" in one_line(done.stderr)
     record.unlink()  # as if it had been killed before its end
     good, saved, foreign = state.read_bytes(), runs.read_state(state), tmp_path / "foreign"
     torch.save(saved | {"run": saved["run"][:-1] + "1"}, foreign)
     bad = [good[: len(good) // 2], b"", pickle.dumps(Trap()), b"<!DOCTYPE html>"]
     for content in [*bad, foreign.read_bytes()]:
         state.write_bytes(content)
-        for command in ["GenerativeReplay.py", *words], ["figures.saved_generator", state.parent]:
-            done = run(*command, cwd=tmp_path)
-            assert done.returncode == 2 and "state.pt is no state of this run" in done.stderr
-            assert "move it away" in one_line(done.stderr)
-        assert state.read_bytes() == content and not list(tmp_path.rglob("trapped"))
+        with pytest.raises(UserError, match="state.pt is no state of this run .* move it away"):
+            runs.read_state(state)
+        assert state.read_bytes() == content and not Path("trapped").exists()
+    for command in ["GenerativeReplay.py", *words], ["figures.saved_generator", state.parent]:
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 2 and "state.pt is no state" in one_line(done.stderr)
+    assert state.read_bytes() == content
     saved["record"]["name"] = "+ KL weight"  # the same run, begun by the ablation
     torch.save(saved, state)
     done = run("GenerativeReplay.py", *words, cwd=tmp_path, figures=False)

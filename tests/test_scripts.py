@@ -16,7 +16,7 @@ from conftest import CONSTANTS, DATA_DIR, ROOT, answer, needs_mnist, run
 from torch import nn
 
 import GenerativeReplay
-from figures import draw
+from figures import draw, saved_generator
 from figures.ablation import COMPONENTS, PLAIN_DGR
 from figures.lab import data, report
 from figures.lab.runs import backend, setup
@@ -174,6 +174,18 @@ def test_a_folder_is_shown_or_it_is_said_why_not(copied):
     ]:
         done = run(*words, cwd=copied.parent)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+def test_a_saved_generator_sees_what_it_has_learned(tmp_path, monkeypatch):
+    words = *SMALL, "--shuffle-classes", "--seeds", 1, "--iterations", 5, "--n-experiences", 2
+    assert run("Generator.py", *words, cwd=tmp_path, figures=False).returncode == 0
+    (folder,) = tmp_path.glob("results/*")
+    drawn = []
+    monkeypatch.setattr(draw, "save", lambda function, *_: drawn.append(function.keywords))
+    saved_generator.show_saved_generator(folder)
+    with np.load(folder / "arrays.npz") as arrays:
+        pictures = arrays["originals"], arrays["reconstructions"][-1]
+    np.testing.assert_array_equal(drawn[0]["arrays"]["reconstructions"], pictures)
 
 
 def test_auto_falls_back_on_the_digits_and_says_so(tmp_path):

@@ -57,7 +57,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
     """Extend each minibatch by stored real images, as many as `replay` replays, with the same r.
 
     They keep their labels, where replayed ones get soft targets.
-    A reservoir (Vitter 1985): every image gets a random key, and those with the largest are stored.
+    A uniform choice, as that of a reservoir: each image gets a random key, the largest are stored.
     Unlike the datasets in Avalanche's `ReplayPlugin` they are plain tensors, which the saved state
     of a run can hold.
 

@@ -4,6 +4,7 @@ Nothing here takes long to import: `--help` and a misspelt option are answered a
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "mps", "cuda"] | Annotated[str, Field(pattern=r"^cuda:\d+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Folder = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 
 
 class UserError(ValueError):
@@ -33,9 +35,7 @@ class UserError(ValueError):
 class Constants(pydantic.BaseModel):
     """Hold the constants of a script as attributes, by their names."""
 
-    model_config = pydantic.ConfigDict(
-        frozen=True, validate_default=True, allow_inf_nan=False, extra="forbid"
-    )
+    model_config = pydantic.ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
 
     def changed(self, **changes) -> "Constants":
         """Return a copy with changes, which are checked like options.
@@ -57,15 +57,14 @@ def checked(kind: type[Constants], values: dict) -> Constants:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name, value = first["loc"][0], repr(first["input"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{name} is {value[:80]}: {message}; see --help") from None
+        raise UserError(f"{name} is {value[:80]}: {first['msg']}; see --help") from None
 
 
-def unknown(word: str, names: Iterable[str]) -> str:
-    """Say that a word is none of the names, and which is nearest."""
+def unknown(word: str, names: Iterable[str], where: str = "--help") -> str:
+    """Say that a word is none of the names, and which is nearest, or else where they stand."""
     plain = {as_option(name): name for name in names}
     near = get_close_matches(as_option(word), plain, n=1)
-    return f"{word} is unknown; " + (f"did you mean {plain[near[0]]}?" if near else "see --help")
+    return f"{word} is unknown; " + (f"did you mean {plain[near[0]]}?" if near else f"see {where}")
 
 
 def as_option(name: str) -> str:
@@ -99,7 +98,8 @@ def read_constants(script: ModuleType, arguments: Iterable[str] = ()) -> Constan
         raise UserError(unknown(word.split("=")[0], options))
     changes = vars(given)
     for name, words in changes.items():
-        words = words or ["true"]  # an option alone switches on
+        if not words and not isinstance(fields[name][1], str):
+            words = ["true"]  # an option alone switches on
         if len(words) == 1 and not isinstance(fields[name][1], tuple):
             changes[name] = None if words[0].lower() == "none" else words[0]
     return checked(pydantic.create_model("ScriptConstants", __base__=Constants, **fields), changes)

@@ -70,6 +70,8 @@ def load_images(constants: Constants, quiet: bool = False) -> Images:
     :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
     name, size = constants.DATASET, constants.VALIDATION_SIZE
+    if constants.IMAGE_SIZE and name in ("auto", "digits", "mnist", "fashion", "kmnist"):
+        raise UserError(f"IMAGE_SIZE is for folders of images, and DATASET is {name!r}")
     published = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
     if name == "digits":
         images = load_digits()
@@ -90,6 +92,9 @@ def load_images(constants: Constants, quiet: bool = False) -> Images:
             parts = train_test_split(x, y, test_size=size, stratify=y, random_state=0)
         except ValueError as error:
             raise UserError(f"VALIDATION_SIZE is {size}: {error}") from None
+        if any(len(y.unique()) < len(images.classes) for y in parts[2:]):
+            text = "a class would have no image to learn from, or none to test on"
+            raise UserError(f"VALIDATION_SIZE is {size}: {text}")
         images = images._replace(train=tuple(parts[::2]), test=tuple(parts[1::2]))
     return images
 
@@ -101,18 +106,22 @@ def load_published(name: str, data_dir: str) -> Images:
     :raises ConnectionError: if it can't be downloaded.
     :raises UserError: if a file of (Fashion-)MNIST is there, but isn't the published one.
     """
-    kind, data_dir = getattr(datasets, name), os.path.expanduser(data_dir)
+    kind = getattr(datasets, name)
     files = [Path(data_dir, name, "raw", Path(packed).stem) for packed, _ in kind.resources]
     for file, checksum in zip(files, CHECKSUMS.get(name, ())):
         if file.exists() and not check_integrity(file, checksum):
             raise UserError(f"{file} isn't the published file; delete it, or set DATA_DIR")
     try:
         if not all(file.exists() for file in files):
+            before = socket.getdefaulttimeout()
             socket.setdefaulttimeout(10)  # else an unreachable server takes minutes to give up on
-            with FileLock(Path(data_dir, "lock")):  # two copies of a command
-                kind(data_dir, download=True)
+            try:
+                with FileLock(Path(data_dir, "lock")):  # two copies of a command
+                    kind(data_dir, download=True)
+            finally:
+                socket.setdefaulttimeout(before)
         train, test = (kind(data_dir, train=train) for train in (True, False))
-    except (RuntimeError, OSError, AssertionError) as error:
+    except (RuntimeError, OSError, AssertionError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0].rstrip(":") or type(error).__name__
         text = f"{files[0]} can't be read and can't be downloaded ({reason}); set DATA_DIR to the "
         text += f"folder with {name}/ in it, or DATASET to 'digits'"
@@ -166,9 +175,14 @@ def fill_in(constants: Constants, images: Images) -> Constants:
         raise UserError(f"DATASET has a single class, {images.classes[0]!r}; it needs two or more")
     if sorted(order) != list(labels):
         raise UserError(f"CLASS_ORDER is {order}, but has to hold each label of {[*labels]} once")
-    if len(order) < constants.N_EXPERIENCES and constants.SCENARIO != "permuted":
-        count = constants.N_EXPERIENCES
+    count, scenario = constants.N_EXPERIENCES, constants.SCENARIO
+    if scenario == "permuted":
+        if constants.SHUFFLE_CLASSES or order != tuple(labels):
+            raise UserError("SCENARIO 'permuted' has all classes in each experience, in no order")
+    elif len(order) < count:
         raise UserError(f"N_EXPERIENCES is {count}, but there are only {len(order)} classes")
+    elif len(order) == count and scenario == "domain":
+        raise UserError(f"N_EXPERIENCES is {count}: a domain would have one class, and no choice")
     folder = Path(constants.RESULTS_DIR)
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise UserError(f"RESULTS_DIR is {str(folder)!r}, but has to be the name of a folder")
@@ -231,11 +245,10 @@ def make_benchmark(images: Images, constants: Constants):
 
 def stream_names(images: Images, constants: Constants) -> dict[str, list]:
     """Name the `experiences`, and the `classes` by label; `label_order` is that of arrival."""
+    order, classes = list(constants.CLASS_ORDER), images.classes
     if constants.SCENARIO == "permuted":
         experiences = [f"permutation {i}" for i in range(1, constants.N_EXPERIENCES + 1)]
-        order, classes = list(range(len(images.classes))), images.classes
     else:
-        order, classes = list(constants.CLASS_ORDER), images.classes
         groups = np.array_split([classes[label] for label in order], constants.N_EXPERIENCES)
         experiences = [" ".join(group) for group in groups]
     if constants.SCENARIO == "domain":
@@ -278,8 +291,9 @@ def first_of_each_class(benchmark: CLScenario, labels: list[int]) -> Tensor:
 def in_memory_benchmark(train: Iterable, test: Iterable, **further: Iterable) -> CLScenario:
     """Make an Avalanche benchmark from tensors, without task identity (every task label is 0).
 
-    Our strategies feed from the `tensors` of its datasets. A subset of one, or one that a plugin
-    has extended, doesn't have them any more and is loaded sample by sample.
+    Our strategies feed from the `tensors` of its datasets: a transform that is set later has no
+    effect. A subset of one, or one that a plugin has extended, doesn't have them any more and is
+    loaded sample by sample.
 
     :param train: for each experience a pair of images and class labels, tensors or arrays. Images
         are floats in [0, 1], shape (n, C, H, W), and become float32; labels are whole numbers from
@@ -291,7 +305,7 @@ def in_memory_benchmark(train: Iterable, test: Iterable, **further: Iterable) ->
     """
     streams, shape = {"train": train, "test": test} | further, None
     for name, pairs in streams.items():
-        datasets = []
+        parts = []
         for number, pair in enumerate(pairs, 1):
             try:
                 x, y = checked_pair(pair)
@@ -306,10 +320,10 @@ def in_memory_benchmark(train: Iterable, test: Iterable, **further: Iterable) ->
                 [TensorDataset(x, y)], data_attributes=attributes
             )
             dataset.tensors = (x, y, torch.zeros_like(y))
-            datasets.append(dataset)
-        if not datasets:
+            parts.append(dataset)
+        if not parts:
             raise ValueError(f"the {name} stream has no experience")
-        streams[name] = datasets
+        streams[name] = parts
     return with_task_labels(with_classes_timeline(benchmark_from_datasets(**streams)))
 
 

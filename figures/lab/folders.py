@@ -107,7 +107,8 @@ def find_images(folder: Path, results: Path) -> tuple[list[Classes], list[str]]:
     :return: both parts, with the same classes in natural order; and notices.
     :raises UserError: if the folder isn't like that.
     """
-    subfolders = [path for path in visible_folders(folder) if not contains(path, results)]
+    below = visible_folders(folder)
+    subfolders = [path for path in below if not results.is_relative_to(path.resolve())]
     named = {path.name.lower(): path for path in subfolders}
     parts = [named[part] for part in ("train", "test") if part in named]
     if len(parts) == 1 and len(subfolders) > 2 and not visible_folders(parts[0]):
@@ -116,7 +117,8 @@ def find_images(folder: Path, results: Path) -> tuple[list[Classes], list[str]]:
         missing = folder / ("test" if "train" in named else "train")
         raise UserError(
             f"DATASET is {str(folder)!r}: neither auto, mnist, fashion, kmnist or digits nor a "
-            f"folder with train/ and test/ or a folder for each class in it ({missing} is missing)"
+            f"folder with train/ and test/ or a folder for each class in it "
+            f"({printable(missing)} is missing)"
         )
     notices = []
     if parts:
@@ -147,11 +149,6 @@ def visible_folders(folder: Path) -> list[Path]:
 def is_hidden(name: str) -> bool:
     """Tell whether a name begins with a dot, or is that of the folder that a Mac adds to a zip."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def contains(folder: Path, path: Path) -> bool:
-    """Tell whether a path, free of links, is a folder or lies in it."""
-    return folder.resolve() in (path, *path.parents)
 
 
 def images_by_class(folders: list[Path], parent: Path) -> Classes:

@@ -18,9 +18,13 @@ from figures.lab.runs import read_record
 # --- One run --------------------------------------------------------------------------------------
 
 
-def by_experience(metrics: dict, name: str) -> list[float]:
-    """Return one of Avalanche's metrics on each experience of the test stream, in its order."""
-    return [float(value) for key, value in sorted(metrics.items()) if key.startswith(f"{name}/")]
+def by_experience(metrics: dict, name: str, stream: str = "test_stream") -> list[float]:
+    """Return one of Avalanche's metrics on each experience of a stream, in its order.
+
+    Avalanche's `eval` returns what it has last measured on other streams too.
+    """
+    beginning = f"{name}/eval_phase/{stream}/"
+    return [float(value) for key, value in sorted(metrics.items()) if key.startswith(beginning)]
 
 
 def forgetting(matrix: list[list[float]]) -> float:

@@ -326,10 +326,12 @@ def backend(constants: Constants):
         raise UserError("SCHEDULER needs `pip install distributed`")
     try:
         client = Client(constants.SCHEDULER, timeout=10)
+        client.wait_for_workers(1, timeout=10)
         for ask in client.run_on_scheduler, client.run:  # else joblib would wait for ever
             ask(lambda: bool(__import__("figures.lab")))
     except (OSError, ValueError):
-        raise UserError(f"no Dask scheduler answers at {constants.SCHEDULER}") from None
+        text = f"no Dask scheduler with a worker answers at {constants.SCHEDULER}"
+        raise UserError(text) from None
     except ImportError as error:
         raise UserError(
             f"SCHEDULER needs the scripts' folder in the PYTHONPATH of scheduler and workers "
