@@ -18,7 +18,7 @@ from torchvision.datasets import MNIST
 from figures import draw
 from figures.ablation import PLAIN_DGR
 from figures.lab import data, report
-from figures.lab.constants import UserError, run_command, unknown
+from figures.lab.constants import UserError, as_option, run_command, unknown
 from figures.lab.runs import save_record
 from Generator import DATA_DIR
 
@@ -42,7 +42,7 @@ PUBLISHED = PLAIN_DGR | {"ITERATIONS": 2000, "BATCH_SIZE": 128, "REPLAY_SIZE": 1
 
 def as_options(constants: dict) -> str:
     """Write constants as they are given on the command line."""
-    return " ".join(f"--{key.lower().replace('_', '-')} {of}" for key, of in constants.items())
+    return " ".join(f"{as_option(name)} {value}" for name, value in constants.items())
 
 
 SEEDS = "--seeds 0 1 2"

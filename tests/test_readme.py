@@ -16,6 +16,7 @@ import pytest
 from conftest import CONSTANTS, DATA_DIR, ROOT, needs_mnist, run
 
 from figures import reproduce
+from figures.lab.constants import as_option
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTES = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
@@ -51,7 +52,7 @@ def test_the_readme_stays_short_and_its_numbers_are_filled_in():
 
 def test_constants_and_options_that_are_named_exist():
     fields = type(CONSTANTS).model_fields
-    options = {"--" + name.lower().replace("_", "-") for name in fields} | {"--help"}
+    options = set(map(as_option, fields)) | {"--help"}
     named = set(re.findall(r"--[a-z][a-z-]+", "\n".join(COMMANDS)))
     assert named <= options and len(named) > 10
     for name in re.findall(r"`([A-Z][A-Z0-9_]+)(?: = [^`]+)?`", TEXT + NOTES):

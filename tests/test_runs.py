@@ -22,7 +22,7 @@ from conftest import CONSTANTS, OFFLINE, ROOT, begin, run
 import GenerativeReplay
 from figures.ablation import PLAIN_DGR
 from figures.lab import runs
-from figures.lab.constants import UserError
+from figures.lab.constants import UserError, as_option
 from figures.lab.data import load_digits
 
 SMALL = {"DATASET": "digits", "HIDDEN_UNITS": 40, "LATENT_SIZE": 4, "ITERATIONS": 40}
@@ -33,7 +33,7 @@ def options(**changes):
     words = []
     for name, value in (SMALL | changes).items():
         values = value if isinstance(value, tuple) else (value,)
-        words += ["--" + name.lower().replace("_", "-"), *values]
+        words += [as_option(name), *values]
     return words
 
 

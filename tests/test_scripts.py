@@ -19,6 +19,7 @@ import GenerativeReplay
 from figures import draw, saved_generator
 from figures.ablation import COMPONENTS, PLAIN_DGR
 from figures.lab import data, report
+from figures.lab.constants import as_option
 from figures.lab.runs import backend, setup
 
 SMALL = ("--dataset", "digits", "--hidden-units", 40, "--latent-size", 4)
@@ -69,7 +70,7 @@ def test_help_lists_every_constant_with_its_comment_at_once(script, tmp_path):
     constants = re.findall("^([A-Z0-9_]+): .* = .*?  # (.+)$", code, re.MULTILINE)
     assert len(constants) > 20 and text.count("[ ...]") == len(constants)
     for name, comment in constants:
-        assert f"--{name.lower().replace('_', '-')} [ ...] {comment}" in text
+        assert f"{as_option(name)} [ ...] {comment}" in text
 
 
 def test_results_and_statistics(experiment):

@@ -326,7 +326,7 @@ def backend(constants: Constants):
         raise UserError("SCHEDULER needs `pip install distributed`")
     try:
         client = Client(constants.SCHEDULER, timeout=10)
-        client.wait_for_workers(1, timeout=10)
+        client.wait_for_workers(1, timeout=30)
         for ask in client.run_on_scheduler, client.run:  # else joblib would wait for ever
             ask(lambda: bool(__import__("figures.lab")))
     except (OSError, ValueError):
