@@ -267,7 +267,7 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
     """Sort 1,000 generated images by the class that the solver sees in them, and choose two each.
 
     :return: images, shape (2 * classes, C, H, W): for each label the one of which the solver is
-        surest, and the first; NaN where a class isn't among the images.
+        surest, and the first of the others; NaN where there is none.
     """
     plugin = scholar.replay_plugin
     x, seen = plugin.generator.generate(1000), torch.tensor(plugin.seen_classes)
@@ -277,8 +277,9 @@ def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
     for pair, label in zip(pictures, labels):
         rows = (seen[index] == label).nonzero().flatten()
         if len(rows):
-            pair[0] = x[rows[certainty[rows].argmax()]]
-            pair[1] = x[rows[0]]
+            surest = rows[certainty[rows].argmax()]
+            two = torch.cat([surest[None], rows[rows != surest][:1]])
+            pair[: len(two)] = x[two]
     return pictures.flatten(0, 1)
 
 

@@ -108,12 +108,13 @@ def test_results_and_statistics(experiment):
             assert float(accuracy) == matrix[int(trained) - 1][int(tested) - 1]
 
 
-def test_the_surest_sample_is_found_among_many_that_are_nearly_certain():
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_the_surest_sample_is_found_and_another_one(order):
     class Solver(nn.Module):
         def forward(self, x):
             return torch.cat([x.flatten(1), torch.zeros(len(x), 1)], 1)
 
-    x = torch.tensor([30.0, 20.0, 33.0]).view(3, 1, 1, 1)
+    x = torch.tensor([30.0, 20.0, 33.0])[order].view(3, 1, 1, 1)  # nearly certain, all of them
     plugin = SimpleNamespace(
         generator=SimpleNamespace(generate=lambda count: x), seen_classes=[0, 1]
     )
