@@ -183,8 +183,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
         A generator that can be asked for classes is asked for each with the same chance. An image
         in which the old solver sees another class is drawn again: few training images make a wide
-        density, some of whose samples look like other classes. The last draw is kept, and labelled
-        as it looks.
+        density, some of whose samples look like other classes. The last draw is kept, with the
+        label that the old solver gives it.
 
         :param generator: in evaluation mode, as the solver.
         :param solver: None: unlabelled samples (label 0), for a generator to learn from.
@@ -325,7 +325,7 @@ class ReplayTemplate(SupervisedTemplate):
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
     def eval(self, *args, **kwargs):
-        """Evaluate; the z that a VAE samples meanwhile don't change the training's."""
+        """Evaluate; the z that a VAE samples here don't change the training's random numbers."""
         with fork_rng([self.device] if self.device.type == "cuda" else []):
             return super().eval(*args, **kwargs)
 
@@ -353,7 +353,7 @@ class ReplayTemplate(SupervisedTemplate):
     def load(
         self, rows: Iterable[int], size: int, drop_last: bool = False, **options
     ) -> DataLoader:
-        """Load minibatches of rows; of the training's random numbers it draws none."""
+        """Load minibatches of rows; of the training's random numbers only their order draws."""
         data, options["generator"] = self.adapted_dataset, torch.Generator()
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
