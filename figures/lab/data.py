@@ -70,9 +70,9 @@ def load_images(constants: Constants, quiet: bool = False) -> Images:
     :raises ConnectionError: if a data set that was asked for by name can't be downloaded.
     """
     name, size = constants.DATASET, constants.VALIDATION_SIZE
-    if constants.IMAGE_SIZE and name in ("auto", "digits", "mnist", "fashion", "kmnist"):
-        raise UserError(f"IMAGE_SIZE is for folders of images, and DATASET is {name!r}")
     published = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
+    if constants.IMAGE_SIZE and name in ("auto", "digits", *published):
+        raise UserError(f"IMAGE_SIZE is for folders of images, and DATASET is {name!r}")
     if name == "digits":
         images = load_digits()
     elif name in published:
