@@ -30,9 +30,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.random import fork_rng
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-import figures.lab  # noqa: F401  # filters two warnings of Avalanche's
+from figures.lab.runs import with_generator  # first: it filters two warnings of Avalanche's
 
 # isort: split
+from avalanche.benchmarks import CLExperience
 from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin, SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
@@ -107,7 +108,6 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.model_is_generator = generator_strategy is None
         self.ratio, self.temperature = ratio, temperature
         self.seen_classes: list[int] = []
-        self.kept: dict[Module, Module] = {}  # solver and generator before the experience
         self.release_old_scholar()
 
     def release_old_scholar(self) -> None:
@@ -124,24 +124,6 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         if self.replay_size is None:
             return n_current if self.model_is_generator else n_current * experiences
         return self.replay_size
-
-    def before_training(self, strategy: SupervisedTemplate, *args, **kwargs):
-        """Take back what an interrupted call has learned of an experience."""
-        super().before_training(strategy, *args, **kwargs)
-        for model, kept in self.kept.items():
-            vars(model).update(vars(kept))  # the whole module: its head may have grown
-        if self.kept and not self.model_is_generator:
-            text = "the last training was interrupted; its experience counts as not learned"
-            warnings.warn(text, stacklevel=2)
-        self.keep_models(strategy)
-
-    def keep_models(self, strategy: SupervisedTemplate) -> None:
-        """Copy solver and generator, to begin again from if the training is interrupted."""
-        self.kept = {model: copy.deepcopy(model) for model in {strategy.model, self.generator}}
-
-    def after_training(self, strategy: SupervisedTemplate, **kwargs):
-        """Forget the copies: nothing was interrupted."""
-        self.kept = {}
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Copy the old scholar, if there is one, and drop what an interruption has left."""
@@ -238,7 +220,6 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             new_classes = strategy.experience.dataset.targets.uniques
             self.seen_classes = sorted({*self.seen_classes, *map(int, new_classes)})
         super().after_training_exp(strategy, **kwargs)  # from now on there is a past to replay
-        self.keep_models(strategy)
 
 
 class ReplayAlignmentPlugin(DeepGenerativeReplayPlugin):
@@ -323,6 +304,26 @@ class ReplayTemplate(SupervisedTemplate):
     def loss_per_image(self) -> Tensor:
         """Compute the loss of each image in the minibatch, shape (batch,)."""
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
+
+    def train(self, experiences, eval_streams: Sequence | None = None, **kwargs) -> dict:
+        """Train on experiences; one that is interrupted, by Ctrl-C or an error, is taken back.
+
+        :param experiences: one, or several in order; this and the rest as in Avalanche.
+        """
+        experiences = [experiences] if isinstance(experiences, CLExperience) else experiences
+        eval_streams = [experiences] if eval_streams is None else eval_streams
+        strategies = with_generator(self)
+        others = [vars(of).get(name) for of in strategies for name in ("replay_plugin", "clock")]
+        for experience in experiences:
+            before = [(of.model, vars(copy.deepcopy(of.model))) for of in strategies]
+            before += [(other, dict(vars(other))) for other in others if other]
+            try:
+                super().train(experience, eval_streams, **kwargs)
+            except BaseException:
+                for part, attributes in before:
+                    vars(part).update(attributes)  # a whole model: its head may have grown
+                raise
+        return self.evaluator.get_last_metrics()
 
     def eval(self, *args, **kwargs):
         """Evaluate; the z that a VAE samples here don't change the training's random numbers."""
