@@ -308,6 +308,8 @@ class ReplayTemplate(SupervisedTemplate):
     def train(self, experiences, eval_streams: Sequence | None = None, **kwargs) -> dict:
         """Train on experiences; one that is interrupted, by Ctrl-C or an error, is taken back.
 
+        Adam's moments begin anew then.
+
         :param experiences: one, or several in order; this and the rest as in Avalanche.
         """
         experiences = [experiences] if isinstance(experiences, CLExperience) else experiences

@@ -1,7 +1,7 @@
 """The ablation: components added to plain DGR one by one, and left out of the whole one by one.
 
-`python -m figures.ablation --n-jobs 2 --seeds 0 1 2 --results-dir results/ablation`, with any
-other option of GenerativeReplay.py. Edit the components here.
+`python -m figures.ablation --n-jobs 2 --seeds 0 1 2 --results-dir results/ablation`, with other
+options of GenerativeReplay.py. Edit the components here.
 """
 
 import sys

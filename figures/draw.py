@@ -2,8 +2,9 @@
 
 A run is the record in its results.json, with the `folder` it lies in. Each function returns a
 matplotlib figure. One visual language: images dark on light as on paper, one row per experience,
-titles that name data set, strategy and seeds. Names are text, whatever is in them. What can't be
-read where there are many classes or experiences is left out: numbers, labels, classes.
+titles that name the data set, and strategy or seed of a single one. Names are text, whatever is in
+them. What can't be read where there are many classes or experiences is left out: numbers, labels,
+classes.
 """
 
 import math
@@ -303,7 +304,7 @@ def samples(runs: list[dict]) -> plt.Figure | None:
     middles = (np.arange(len(names)) + 0.5) * axes.get_xlim()[1] / len(names)
     axes.set_xticks(middles, names, rotation=90 * upright)
     axes.set_xlabel(
-        "by the class that the solver sees in them, of 1,000 samples: the surest and the first"
+        "by the class that the solver sees in them, of 1,000 samples: the surest and another"
     )
     left_out = some(pairs, classes, "classes") + some(rows, experiences, "experiences")
     axes.set_title(title(f"Samples of the generator{left_out}", runs[:1], 95))

@@ -1,7 +1,7 @@
 """Other generators as worked examples, and the comparison of what replay retains with each.
 
 `python -m figures.generators vae cvae wgan-gp --n-jobs 2 --seeds 0 1 2 --results-dir
-results/generators`: names of `GENERATORS` (all, if none is given), then any option of
+results/generators`: names of `GENERATORS` (all, if none is given), then options of
 GenerativeReplay.py. Shin et al. 2017 used a Wasserstein GAN like ours; `Gaussians` is a generator
 without any network.
 """

@@ -2,7 +2,8 @@
 
 The commands run one after the other, two runs at a time with one thread each, and leave their
 results in `results/NAME`. Finished runs are not run again: an interrupted list goes on. Their means
-go to `figures/results.json`, with which a test compares the READMEs.
+go to `figures/results.json`, with which a test compares README.md and the streams of
+figures/README.md.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What both scripts use beside the method: constants, data, runs, reports and baselines."""
+"""What scripts and figures use beside the method: constants, data, runs, reports and baselines."""
 
 import warnings
 
