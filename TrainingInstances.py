@@ -33,7 +33,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from figures.lab.runs import with_generator  # first: it filters two warnings of Avalanche's
 
 # isort: split
-from avalanche.benchmarks import CLExperience
 from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin, SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
@@ -312,7 +311,7 @@ class ReplayTemplate(SupervisedTemplate):
 
         :param experiences: one, or several in order; this and the rest as in Avalanche.
         """
-        experiences = [experiences] if isinstance(experiences, CLExperience) else experiences
+        experiences = experiences if isinstance(experiences, Iterable) else [experiences]
         eval_streams = [experiences] if eval_streams is None else eval_streams
         strategies = with_generator(self)
         others = [vars(of).get(name) for of in strategies for name in ("replay_plugin", "clock")]
