@@ -78,7 +78,7 @@ class VAE(GenerativeModel):
             nn.Linear(latent_size, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, pixels),
-            nn.Unflatten(1, tuple(shape)),
+            nn.Unflatten(1, shape),
         )  # fmt: skip
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,6 @@ class VAE(GenerativeModel):
         """Return the classes to which the density is fitted (int64), shape (n,)."""
         return self.density.labels.unique() if self.density else super().learned_classes()
 
-    @torch.no_grad()
     def sample_latents(self, count: int, condition: Tensor | None = None) -> Tensor:
         """Sample z from the density, or from the prior N(0, I) as long as nothing is fitted.
 
@@ -203,23 +202,22 @@ class ClassConditionalGMM(nn.Module):
         self.register_buffer("mixtures", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("means", torch.zeros(0, latent_size))
-        self.register_load_state_dict_pre_hook(self.resize)
+        self.register_load_state_dict_pre_hook(ClassConditionalGMM.resize)
 
-    @staticmethod
-    def resize(density: "ClassConditionalGMM", state: dict, prefix: str, *args) -> None:
+    def resize(self, state: dict, prefix: str, *args) -> None:
         """Make room for as many mixtures as a saved state has."""
-        for name, old in density.named_buffers():
-            setattr(density, name, old.new_empty(state[prefix + name].shape))
+        for name, old in self.named_buffers():
+            setattr(self, name, old.new_empty(state[prefix + name].shape))
 
     def n_gaussians(self, encodings: int) -> int:
-        """Count the Gaussians: one for five encodings, but at most `components`."""
+        """Count the Gaussians: one per five encodings, from 1 to `components`."""
         return min(self.components, max(1, encodings // 5))
 
     def fit(self, z: Tensor, y: Tensor) -> None:
         """Add a mixture for each class in y: a Gaussian for each cluster of k-means.
 
-        The covariance is that of the encodings around the means of their clusters, kept regular by
-        1e-3. A class of one image gets no mixture and isn't sampled.
+        The covariance is that of the encodings around the means of their clusters, plus 1e-3·I.
+        A class of one image gets no mixture and isn't sampled.
 
         :param z: encodings (the z_mean of images), shape (n, latent_size).
         :param y: their class labels (int64), shape (n,).
@@ -232,7 +230,7 @@ class ClassConditionalGMM(nn.Module):
             clusters = KMeans(count, n_init=1, max_iter=20, random_state=seed)
             # KMeans warns of equal images; threads of numpy and torch get into each other's way.
             with warnings.catch_warnings(action="ignore"), threadpool_limits(1):
-                members = torch.from_numpy(clusters.fit_predict(encodings.numpy())).long()
+                members = torch.from_numpy(clusters.fit_predict(encodings.numpy()))
             means = torch.from_numpy(clusters.cluster_centers_)
             around = encodings - means[members]
             covariance = around.T @ around / (n - count) + 1e-3 * torch.eye(z.shape[1])
@@ -241,15 +239,15 @@ class ClassConditionalGMM(nn.Module):
             new = {
                 "labels": label[None],
                 "scales": torch.linalg.cholesky(covariance)[None],
-                "mixtures": torch.full((int(kept.sum()),), len(self.labels)),
+                "mixtures": torch.full_like(sizes[kept], len(self.labels)),
                 "weights": sizes[kept] / sizes[kept].sum(),
                 "means": means[kept],
             }
-            for name, old in list(self.named_buffers()):
+            for name, old in self.named_buffers():
                 setattr(self, name, torch.cat([old, new[name].to(old)]))
 
     def sample(self, y: Tensor) -> Tensor:
-        """Sample latents of given classes: a mixture of the class, a Gaussian of it, z.
+        """Sample z of given classes: from a Gaussian of the class, chosen by its weight.
 
         :param y: class labels (int64), shape (n,).
         :return: latents, shape (n, latent_size).
@@ -257,9 +255,9 @@ class ClassConditionalGMM(nn.Module):
         y = y.to(self.labels)
         z = torch.empty(len(y), self.means.shape[1], device=y.device)
         for label in y.unique():
-            of_the_class = self.weights * (self.labels == label)[self.mixtures]
+            weights = self.weights * (self.labels == label)[self.mixtures]
             rows = (y == label).nonzero().flatten()
-            chosen = torch.multinomial(of_the_class, len(rows), replacement=True)
+            chosen = torch.multinomial(weights, len(rows), replacement=True)
             mean, scale = self.means[chosen], self.scales[self.mixtures[chosen]]
             z[rows] = mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]  # mean + L·ε
         return z

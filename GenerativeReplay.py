@@ -41,7 +41,7 @@ STRATEGIES: Distinct[Strategy] = ("replay",)  # or naive (fine-tuning), joint, e
 
 ITERATIONS: PositiveInt | None = None  # minibatches per experience; none: 1600, 300 for digits
 BATCH_SIZE: PositiveInt = 64  # current images in a minibatch
-REPLAY_SIZE: NonNegativeInt | None = None  # replayed; none: BATCH_SIZE, solver's BATCH_SIZE·(k-1)
+REPLAY_SIZE: NonNegativeInt | None = None  # replayed; none: BATCH_SIZE, times k-1 for the solver
 INCREASING_REPLAY_SIZE: bool = False  # double it (or BATCH_SIZE) at each experience after the 2nd
 RATIO: Share | None = None  # r, weight of current images in the loss; none: 1/k at experience k
 TEMPERATURE: PositiveFloat | None = 2.0  # T of the old solver's soft targets; none: hard labels
@@ -232,7 +232,7 @@ class TrainOnly(nn.Sequential):
     """Apply modules, such as random transforms, to the input in training mode only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input through the modules; in evaluation mode unchanged."""
+        """Return the modules' output; in evaluation mode the input unchanged."""
         return super().forward(x) if self.training else x
 
 
@@ -255,8 +255,7 @@ def make_evaluator(logs: Path | None) -> EvaluationPlugin:
     accuracy = accuracy_metrics(experience=True)
     if logs is None:
         return EvaluationOnly(accuracy)
-    loggers = [TensorboardLogger(logs)]
-    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=loggers)
+    return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=TensorboardLogger(logs))
 
 
 # --- What a run records ---------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def make_evaluator(logs: Path | None) -> EvaluationPlugin:
 
 @torch.no_grad()
 def samples_per_class(scholar: GenerativeReplay, labels: list[int]) -> Tensor:
-    """Sort 1,000 generated images by the class that the solver sees in them, and choose two each.
+    """Sort 1,000 generated images by the class that the solver sees in them; choose two of each.
 
     :return: images, shape (2 * classes, C, H, W): for each label the one of which the solver is
         surest, and the first of the others; NaN where there is none.
@@ -287,7 +286,7 @@ def loss_curves(scholar: ReplayTemplate) -> dict[str, Tensor]:
     """Return the latest experience's losses of solver and generator, shape (iterations,)."""
     strategies = with_generator(scholar)  # that of another generator may have no plugins
     plugins = [plugin for each in strategies for plugin in getattr(each, "plugins", [])]
-    return {of.name: torch.tensor(of.losses) for of in plugins if isinstance(of, LossRecorder)}
+    return {p.name: torch.tensor(p.losses) for p in plugins if isinstance(p, LossRecorder)}
 
 
 if __name__ == "__main__":

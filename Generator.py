@@ -128,7 +128,7 @@ def main(constants: Constants) -> None:
 
 
 def experiment(images: data.Images, constants: Constants, seed: int) -> None:
-    """Train on each experience, then sample, reconstruct and evaluate; draw the picture."""
+    """Train on each experience, then evaluate, sample and reconstruct; draw the picture."""
     with Run(constants, images, "generator", seed) as run:
         if not run.finished:
             torch.manual_seed(seed)

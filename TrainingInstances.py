@@ -125,7 +125,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         return self.replay_size
 
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
-        """Copy the old scholar, if there is one, and drop what an interruption has left."""
+        """Drop what an interruption left, copy any old scholar, and warn of huge replay."""
         self.release_old_scholar()
         super().before_training_exp(strategy, **kwargs)
         done = strategy.clock.train_exp_counter
@@ -143,10 +143,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             if low < 0 or high > 1:
                 text = f"pixels lie in [{low:.2f}, {high:.2f}] and have to lie in [0, 1], as "
                 raise ValueError(text + "generated ones do: divide by 255, leave Normalize out")
-        if self.untrained_solver:
-            return
         amount = self.amount(len(strategy.mb_x), strategy.clock.train_exp_counter)
-        if amount == 0:
+        if self.untrained_solver or amount == 0:
             return
         if self.ahead is None or len(self.ahead.x) < amount:
             # The old scholar stays the same, so it generates for many minibatches at once.
@@ -283,8 +281,8 @@ class ReplayTemplate(SupervisedTemplate):
     def criterion(self) -> Tensor:
         """Weigh current against replayed data: r·L(current) + (1 - r)·L(replayed).
 
-        Each L is a mean over images: the number of replayed ones doesn't decide how much the past
-        matters, but how noisy its gradient is. r = 1/k is the choice of van de Ven & Tolias 2018.
+        Each L is a mean over images: the number of replayed ones decides how noisy the gradient of
+        the past is, not how much the past matters. r = 1/k as in van de Ven & Tolias 2018.
         """
         losses, n = self.loss_per_image(), self.n_current
         if n == len(losses):
@@ -296,7 +294,7 @@ class ReplayTemplate(SupervisedTemplate):
 
     @property
     def n_current(self) -> int:
-        """Count the current images in the minibatch; those behind them are replayed, or stored."""
+        """Count the current images in the minibatch; the rest are replayed, or stored."""
         replaying = self.is_training and self.replay_plugin
         return len(self.mb_x) - (self.replay_plugin.n_replayed if replaying else 0)
 
@@ -305,7 +303,7 @@ class ReplayTemplate(SupervisedTemplate):
         return cross_entropy(self.mb_output.float(), self.mb_y, reduction="none")
 
     def train(self, experiences, eval_streams: Sequence | None = None, **kwargs) -> dict:
-        """Train on experiences; one that is interrupted, by Ctrl-C or an error, is taken back.
+        """Train on experiences; undo one that is interrupted by Ctrl-C or an error.
 
         Adam's moments begin anew then.
 
@@ -314,9 +312,9 @@ class ReplayTemplate(SupervisedTemplate):
         experiences = experiences if isinstance(experiences, Iterable) else [experiences]
         eval_streams = [experiences] if eval_streams is None else eval_streams
         strategies = with_generator(self)
-        others = [vars(of).get(name) for of in strategies for name in ("replay_plugin", "clock")]
+        others = [vars(s).get(name) for s in strategies for name in ("replay_plugin", "clock")]
         for experience in experiences:
-            before = [(of.model, vars(copy.deepcopy(of.model))) for of in strategies]
+            before = [(s.model, vars(copy.deepcopy(s.model))) for s in strategies]
             before += [(other, dict(vars(other))) for other in others if other]
             try:
                 super().train(experience, eval_streams, **kwargs)
@@ -327,7 +325,7 @@ class ReplayTemplate(SupervisedTemplate):
         return self.evaluator.get_last_metrics()
 
     def eval(self, *args, **kwargs):
-        """Evaluate; the z that a VAE samples here don't change the training's random numbers."""
+        """Evaluate; the z that a VAE samples here take none of the training's random numbers."""
         with fork_rng([self.device] if self.device.type == "cuda" else []):
             return super().eval(*args, **kwargs)
 
@@ -355,7 +353,7 @@ class ReplayTemplate(SupervisedTemplate):
     def load(
         self, rows: Iterable[int], size: int, drop_last: bool = False, **options
     ) -> DataLoader:
-        """Load minibatches of rows; of the training's random numbers only their order draws."""
+        """Load minibatches of rows; only their order uses the training's random numbers."""
         data, options["generator"] = self.adapted_dataset, torch.Generator()
         if hasattr(data, "tensors"):  # whole minibatches are taken out of them, not single samples
             tensors = TensorDataset(*(tensor.to(self.device) for tensor in data.tensors))
@@ -375,9 +373,8 @@ class GenerativeReplay(ReplayTemplate):
         """Compute the loss of each image: of current ones with their labels, of replayed ones
         with the old solver's targets.
 
-        With soft targets that is the cross-entropy of softmax(logits / T) to the old solver's,
-        without the customary factor T² (Hinton et al. 2015, section 2), which would give the past
-        more weight.
+        With soft targets both solvers' logits are divided by T, without the customary factor T²
+        (Hinton et al. 2015, section 2), which would give the past more weight.
         """
         n, plugin, logits = self.n_current, self.replay_plugin, self.mb_output.float()
         losses = cross_entropy(logits[:n], self.mb_y[:n], reduction="none")
@@ -436,7 +433,7 @@ class OneCyclePlugin(SupervisedPlugin):
     After Smith & Topin 2018 (arXiv 1708.07120): from a tenth up to the optimizer's learning rate
     within 15 % of the iterations, then down to almost 0, along cosines, as torch does it. Adam's
     first steps are as long as the learning rate, however small the gradient; the rise keeps them
-    short. Adam's moments are reset at the end of each experience: they are made of training images.
+    short. Adam's moments are reset at the end of each experience: they derive from training images.
 
     :param optimizer: the strategy's optimizer.
     """

@@ -128,7 +128,7 @@ class WGAN(GenerativeModel):
             nn.Linear(latent_size, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, hidden_units), nn.ReLU(),
             nn.Linear(hidden_units, pixels), nn.Sigmoid(),
-            nn.Unflatten(1, tuple(shape)),
+            nn.Unflatten(1, shape),
         )  # fmt: skip
         self.critic = nn.Sequential(
             nn.Flatten(),

@@ -36,8 +36,8 @@ def plain_dgr(solver, vae, experiences, constants):
         solver[-1].active_units[y.unique()] = 1  # the others' logits are masked
         r = 1 / k  # of Shin et al. 2017, eq. 1; 1/k is the choice of van de Ven & Tolias 2018
 
-        step, many = one_cycle(solver, constants), size * (k - 1)
-        past = labelled_replay(old_vae, old_solver, seen, temperature, many)  # runs from k = 2 on
+        step = one_cycle(solver, constants)
+        past = labelled_replay(old_vae, old_solver, seen, temperature, size * (k - 1))  # if k > 1
         for rows in BatchSampler(RandomSampler(x, num_samples=iterations * size), size, False):
             with torch.autocast("cpu", torch.bfloat16, constants.BFLOAT16):
                 if k == 1:
@@ -73,7 +73,7 @@ def plain_dgr(solver, vae, experiences, constants):
 
 @torch.no_grad()
 def replay(vae, size):
-    """Yield minibatches of the past for ever, images and their latents, generated 2,048 at once."""
+    """Yield minibatches of the past for ever, images and latents, generated ~2,048 at once."""
     while True:
         z = vae.sample_latents(size * max(1, 2048 // size))
         yield from zip(vae.decode(z).sigmoid().split(size), z.split(size))
