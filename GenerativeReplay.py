@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from figures.lab.constants import (
     Constants,
+    Cores,
     Device,
     Distinct,
     Folder,
@@ -58,8 +59,8 @@ MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z f
 
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
-THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
-N_JOBS: PositiveInt = 1  # runs at the same time, each in a process
+THREADS: Cores | None = None  # of a run; none: OMP_NUM_THREADS, or 1
+N_JOBS: Cores = 1  # runs at the same time, each in a process
 SCHEDULER: str | None = None  # tcp://host:8786: a Dask scheduler whose workers run them instead
 TENSORBOARD: bool = False  # log curves for TensorBoard, in the run's folder
 RESULTS_DIR: Folder = "results"  # where results and figures go

@@ -13,6 +13,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from figures.lab.constants import (
     Constants,
+    Cores,
     Device,
     Distinct,
     Folder,
@@ -44,7 +45,7 @@ KL_WEIGHT: PositiveFloat = 0.07  # β, weight of the divergence; 1: the ELBO its
 MIXTURE_COMPONENTS: NonNegativeInt = 100  # Gaussians per class, at most; 0: z from N(0, I)
 BFLOAT16: bool | None = None  # mixed precision; none: where an x86 CPU has it
 DEVICE: Device = "auto"  # cpu, cuda, cuda:1, mps; auto: an accelerator if there is one
-THREADS: PositiveInt | None = None  # of a run; none: OMP_NUM_THREADS, or 1
+THREADS: Cores | None = None  # of a run; none: OMP_NUM_THREADS, or 1
 RESULTS_DIR: Folder = "results"  # where results and figures go
 # --------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from figures.lab.runs import with_generator  # first: it filters two warnings of Avalanche's
 
 # isort: split
+from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin, SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
@@ -90,7 +91,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
 
     AHEAD = 2048  # images generated at a time, at most, unless a minibatch has more
     REDRAWS = 4  # of an image, at most, to get the class that was asked for
-    saved = ("seen_classes", "untrained_solver")  # in the state of a run: figures/lab/runs.py
+    # In the state of a run: figures/lab/runs.py
+    saved = ("seen_classes", "experiences", "untrained_solver")
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         self.model_is_generator = generator_strategy is None
         self.ratio, self.temperature = ratio, temperature
         self.seen_classes: list[int] = []
+        self.experiences = 0  # that have been learned
         self.release_old_scholar()
 
     def release_old_scholar(self) -> None:
@@ -128,9 +131,9 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         """Drop what an interruption left, copy any old scholar, and warn of huge replay."""
         self.release_old_scholar()
         super().before_training_exp(strategy, **kwargs)
-        done = strategy.clock.train_exp_counter
-        if done and (amount := self.amount(strategy.train_mb_size, done)) > 4096:
-            text = f"each minibatch of experience {done + 1} replays {amount} images"
+        amount = self.amount(strategy.train_mb_size, self.experiences)
+        if self.experiences and amount > 4096:
+            text = f"each minibatch of experience {self.experiences + 1} replays {amount} images"
             warnings.warn(text, stacklevel=2)
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
@@ -143,8 +146,8 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             if low < 0 or high > 1:
                 text = f"pixels lie in [{low:.2f}, {high:.2f}] and have to lie in [0, 1], as "
                 raise ValueError(text + "generated ones do: divide by 255, leave Normalize out")
-        amount = self.amount(len(strategy.mb_x), strategy.clock.train_exp_counter)
-        if self.untrained_solver or amount == 0:
+        amount = self.amount(len(strategy.mb_x), self.experiences)
+        if self.experiences == 0 or amount == 0:
             return
         if self.ahead is None or len(self.ahead.x) < amount:
             # The old scholar stays the same, so it generates for many minibatches at once.
@@ -171,6 +174,10 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         classes = generator.learned_classes()
         asked = classes[torch.randint(len(classes), (count,))] if len(classes) else None
         x = generator.generate(count, asked)
+        low, high = x.aminmax()
+        if len(x) != count or low < 0 or high > 1:
+            text = f"{type(generator).__name__} has generated {len(x)} images with pixels in "
+            raise ValueError(f"{text}[{low:.2f}, {high:.2f}] instead of {count} in [0, 1]")
         if solver is None:
             return Samples(x, torch.zeros(count, dtype=torch.int64))
         logits = self.logits_of_seen_classes(solver, x)
@@ -201,7 +208,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         """Take the replayed samples out again: training accuracy is of current ones only."""
         if self.replayed is None:
             return
-        n = strategy.n_current
+        n = len(strategy.mb_x) - self.n_replayed
         strategy.mbatch = [part[:n] for part in strategy.mbatch]
         output = strategy.mb_output  # one tensor, or a tuple of them (VAE)
         is_tensor = isinstance(output, Tensor)
@@ -216,6 +223,7 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
             self.generator_strategy.train(strategy.experience, **kwargs)
             new_classes = strategy.experience.dataset.targets.uniques
             self.seen_classes = sorted({*self.seen_classes, *map(int, new_classes)})
+        self.experiences += 1
         super().after_training_exp(strategy, **kwargs)  # from now on there is a past to replay
 
 
@@ -254,8 +262,8 @@ class ReplayTemplate(SupervisedTemplate):
 
     Without replay it is plain fine-tuning. For another loss override `loss_per_image`.
 
-    :param replay_plugin: plugin that extends the minibatches, by `n_replayed` images; its `ratio`
-        is that of the loss. None: no replay.
+    :param replay_plugin: plugin that extends the minibatches, by `n_replayed` images, once it has
+        learned some `experiences`; its `ratio` is that of the loss. None: no replay.
     :param iterations: minibatches in an epoch, whatever the size of the experience, as in van de
         Ven et al.; None: one pass through it, as in Avalanche.
     :param bfloat16: train in mixed precision (Kalamkar et al. 2019, arXiv 1905.12322): matrix
@@ -289,7 +297,7 @@ class ReplayTemplate(SupervisedTemplate):
             return losses.mean()
         r = self.replay_plugin.ratio
         if r is None:
-            r = 1 / (self.clock.train_exp_counter + 1)
+            r = 1 / (self.replay_plugin.experiences + 1)
         return r * losses[:n].mean() + (1 - r) * losses[n:].mean()
 
     @property
@@ -309,12 +317,13 @@ class ReplayTemplate(SupervisedTemplate):
 
         :param experiences: one, or several in order; this and the rest as in Avalanche.
         """
-        experiences = experiences if isinstance(experiences, Iterable) else [experiences]
+        experiences = [*experiences] if isinstance(experiences, Iterable) else [experiences]
         eval_streams = [experiences] if eval_streams is None else eval_streams
         strategies = with_generator(self)
         others = [vars(s).get(name) for s in strategies for name in ("replay_plugin", "clock")]
         for experience in experiences:
-            before = [(s.model, vars(copy.deepcopy(s.model))) for s in strategies]
+            models = [s.model for s in strategies]
+            before = [(old, vars(new)) for old, new in zip(models, copy.deepcopy(models))]
             before += [(other, dict(vars(other))) for other in others if other]
             try:
                 super().train(experience, eval_streams, **kwargs)
@@ -492,8 +501,17 @@ class EvaluationOnly(EvaluationPlugin):
     """Evaluate, and skip the hooks of a training iteration.
 
     Avalanche's plugin copies the experience at each of them, a third of a millisecond per iteration
-    even if no metric listens. For training metrics use Avalanche's.
+    even if no metric listens.
     """
+
+    def publish_metric_value(self, mval: MetricValue):
+        """Publish a metric of evaluation.
+
+        :raises ValueError: if it is one of training, whose hooks are skipped.
+        """
+        if "/train_phase/" in mval.name:
+            raise ValueError(f"{mval.name} needs Avalanche's EvaluationPlugin as evaluator")
+        super().publish_metric_value(mval)
 
     def skip(self, strategy: SupervisedTemplate, **kwargs):
         """Do nothing."""

@@ -119,6 +119,14 @@ def test_another_plugin_takes_effect_beside_replay(without_effect, plugin):
     assert both.isfinite().all() and not torch.equal(alone, both)
 
 
+def test_a_metric_of_training_needs_avalanches_evaluator():
+    stream = benchmark.synthetic(3, 40)
+    scholar = GenerativeReplay.make_scholar(stream, CONSTANTS.changed(**SMALL), "naive")
+    scholar.plugins.append(TrainingInstances.EvaluationOnly(accuracy_metrics(epoch=True)))
+    with pytest.raises(ValueError, match="Top1_Acc_Epoch/train_phase.* needs Avalanche's Eval"):
+        scholar.train(stream.train_stream[0])
+
+
 class Pictures(Dataset):
     """Six pictures of each of four classes, as PIL images."""
 

@@ -45,6 +45,8 @@ BAD_COMMAND_LINES = [
     ("--device gpu", "DEVICE is 'gpu': Input should be 'auto', 'cpu', 'mps' or 'cuda'; see --help"),
     ("--device cuda:99", "DEVICE is 'cuda:99', which can't be used"),
     ("--one-cycle maybe", "ONE_CYCLE is 'maybe': .*boolean"),
+    ("--replay-size 99999999999999999999", "REPLAY_SIZE is 9+: no machine can do that"),
+    ("--threads 9999999", "THREADS is '9999999': .*less than or equal to 4096"),
     ("--batch-size 0", "BATCH_SIZE is '0': .*greater than 0"),
     ("--iterations 2.5", "ITERATIONS is '2.5': .*integer"),
     ("--learning-rate nan", "LEARNING_RATE is 'nan': .*finite"),

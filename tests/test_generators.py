@@ -15,7 +15,7 @@ import TrainingInstances as instances
 from figures import generators
 from figures.generators import GENERATORS, WGAN, ConditionalVAE, critic_loss
 from figures.lab import data, report, runs
-from GenerativeModel import GenerativeModel
+from GenerativeModel import VAE, GenerativeModel
 from TrainingInstances import DeepGenerativeReplayPlugin
 
 SHAPE, CLASSES = (1, 4, 4), 4
@@ -174,6 +174,15 @@ def test_a_generator_that_does_not_fit():
         DeepGenerativeReplayPlugin(strategy)
     with pytest.raises(ValueError, match="WGAN is unconditional"):
         WGAN(SHAPE).generate(2, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("spoil", [lambda x: 2 * x - 1, lambda x: 255 * x, lambda x: x[1:]])
+def test_images_that_cannot_be_replayed_are_refused(spoil):
+    generator = VAE(SHAPE)
+    images = generator.generate(6)
+    generator.generate = lambda count, condition: spoil(images)
+    with pytest.raises(ValueError, match=r"VAE has generated [56] images .* instead of 6 in"):
+        DeepGenerativeReplayPlugin().sample(6, generator, None)
 
 
 def test_a_scholar_with_another_generator_learns_and_survives_an_interruption():

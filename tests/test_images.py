@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_with_validation_stream
+from avalanche.benchmarks import CLScenario, benchmark_with_validation_stream
 from PIL import ExifTags, Image, ImageOps
 
 import GenerativeReplay
@@ -642,6 +642,9 @@ def test_a_stream_needs_experiences_and_both_streams_are_needed():
         data.in_memory_benchmark(train=PARTS, test=[])
     with pytest.raises(TypeError, match="test"):
         data.in_memory_benchmark(train=PARTS, tset=PARTS)
+    benchmark = data.in_memory_benchmark(PARTS, PARTS)
+    with pytest.raises(ValueError, match="^the benchmark has no test stream$"):
+        data.load_in_memory(CLScenario([benchmark.train_stream]))
 
 
 def test_further_streams_stay_and_a_subset_works():

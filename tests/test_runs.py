@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -219,18 +218,20 @@ def test_an_edit_of_any_script_makes_a_new_folder(tmp_path, monkeypatch):
         return runs.Run(constants, images, "replay", seed, generator=generator).folder
 
     files = [*ROOT.glob("*.py"), *ROOT.glob("figures/lab/*.py"), ROOT / "figures/generators.py"]
-    assert sorted(runs.SCRIPTS) == sorted(files)
-    copies = [Path(shutil.copy(path, tmp_path)) for path in files]
-    monkeypatch.setattr(runs, "SCRIPTS", sorted(copies))
+    imported = [path.read_bytes() for path in files]
+    assert sorted(runs.CODE) == sorted(imported)
     before = folder()
     assert before == folder(DEVICE="cuda", SEEDS=(5,), N_JOBS=3, THREADS=2)
     assert before not in (folder(BATCH_SIZE=65), folder(seed=1), folder(generator="make_mine"))
-    for path in copies:
-        text = path.read_bytes()
-        path.write_bytes(text + b"\n")
+    with pytest.raises(UserError, match="make_generator has to have a name"):
+        folder(generator=(lambda: None).__name__)
+    with monkeypatch.context() as patch:  # an edit while it runs: what was imported goes on
+        patch.setattr(Path, "read_bytes", lambda path: b"edited")
+        assert folder() == before
+    for number, text in enumerate(imported):
+        edited = [*imported[:number], text + b"\n", *imported[number + 1 :]]
+        monkeypatch.setattr(runs, "CODE", edited)
         assert folder() != before
-        path.write_bytes(text)
-    assert folder() == before
 
 
 @pytest.mark.parametrize(

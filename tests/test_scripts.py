@@ -260,6 +260,13 @@ def test_forgetting():
     assert report.forgetting([[0.9]]) == 0
 
 
+@pytest.mark.parametrize(("experiences", "tasks"), [(4, 2), (1002, 1)])
+def test_metrics_come_in_the_order_of_the_experiences(experiences, tasks):
+    beginning = "Top1_Acc_Exp/eval_phase/test_stream/Task"
+    metrics = {f"{beginning}{i % tasks:03d}/Exp{i:03d}": i for i in range(experiences)}
+    assert report.by_experience(metrics, "Top1_Acc_Exp") == list(range(experiences))
+
+
 def test_task_accuracies_choose_among_the_classes_of_the_experience():
     # These images are their own logits; the third is taken for 1, but for 2 if 1 can't be.
     x = torch.tensor([[9, 2, 3, 1], [5, 4, 3, 0], [0, 9, 8, 2], [0, 0, 6, 7]]) / 10

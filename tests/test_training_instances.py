@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.supervised import Naive
 from torch import nn
 from torch.distributions import Bernoulli
 from torch.nn.functional import cross_entropy
@@ -20,6 +22,7 @@ import TrainingInstances as instances
 from figures.lab import runs
 from figures.lab.baselines import ExperienceReplayPlugin, JointPlugin
 from figures.lab.data import in_memory_benchmark
+from figures.lab.progress import ProgressBar
 from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo, reconstruction_error
 from GenerativeReplay import TrainOnly
 from TrainingInstances import (
@@ -65,6 +68,17 @@ class Spy(SupervisedPlugin):
             loss=strategy.loss.item(), rate=strategy.optimizer.param_groups[0]["lr"],
             output=output.detach() if isinstance(output, torch.Tensor) else output,
         ))  # fmt: skip
+
+
+class SizeSpy(SupervisedPlugin):
+    """Note the size of each minibatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def before_backward(self, strategy, **kwargs):
+        self.sizes.append(len(strategy.mb_x))
 
 
 def rows(notes):
@@ -418,6 +432,59 @@ def test_a_head_that_has_grown_shrinks_after_an_interruption(stream):
     del spy.after_update
     scholar.train(stream[1])
     assert [*sizes, scholar.model[1].classifier.out_features] == [7, 7]
+
+
+def test_what_solver_and_generator_share_is_still_shared_after_an_interruption(stream):
+    scholar, spy, _ = make_scholar(iterations=2)
+    shared = scholar.replay_plugin.generator.encoder
+    scholar.model = nn.Sequential(shared, nn.Linear(16, CLASSES))
+    spy.after_update = lambda strategy, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        scholar.train(stream[0])
+    assert scholar.model[0][2].weight is scholar.replay_plugin.generator.encoder[2].weight
+
+
+@pytest.mark.parametrize("several", [iter, list, lambda stream: stream])
+def test_any_iterable_of_experiences_is_learned_to_its_end(stream, several):
+    scholar, *_ = make_scholar(iterations=2)
+    scholar.train(several(stream))
+    assert scholar.replay_plugin.seen_classes == list(range(CLASSES))
+
+
+def test_an_online_stream_is_learned(stream):
+    scholar, spy, _ = make_scholar(iterations=2)
+    scholar.plugins.append(ProgressBar("solver"))
+    scholar.train(split_online_stream(stream, experience_size=SAMPLES // 2))
+    assert [note.experience for note in spy.notes] == [i for i in range(8) for _ in range(2)]
+
+
+def test_the_replay_plugin_in_a_strategy_of_avalanche(stream):
+    scholar, *_ = make_scholar()
+    naive = Naive(
+        model=scholar.model, optimizer=scholar.optimizer, train_mb_size=BATCH,
+        plugins=[scholar.replay_plugin, spy := SizeSpy()], evaluator=None,
+    )  # fmt: skip
+    naive.train(stream)
+    assert [spy.sizes[i] for i in (0, 3, 6, 9)] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
+
+
+@pytest.mark.parametrize("strategy", ["replay", "er"])
+def test_a_plugin_goes_on_in_a_new_strategy(stream, strategy):
+    scholar, *_ = make_scholar(iterations=2)
+    plugin = scholar.replay_plugin
+    if strategy == "er":
+        plugin = ExperienceReplayPlugin(30, plugin.amount)
+    kind = {"replay": GenerativeReplay, "er": ReplayTemplate}[strategy]
+    settings = {"replay_plugin": plugin, "iterations": 2}
+    first, _ = make_solver(kind, **settings)
+    first.train(stream[:2])
+    again, spy = make_solver(kind, **settings)
+    again.train(stream[2])
+    output, y, n = spy.notes[0].output, spy.notes[0].y, BATCH
+    assert len(y) == 3 * BATCH
+    losses = cross_entropy(output, y, reduction="none")
+    expected = losses[:n].mean() / 3 + losses[n:].mean() * 2 / 3
+    assert spy.notes[0].loss == pytest.approx(expected.item())
 
 
 def test_pixels_outside_of_0_to_1_are_refused():

@@ -66,7 +66,7 @@ class ExperienceReplayPlugin(SupervisedPlugin):
     :param ratio: weight of the current data in the loss; None: 1/k at the k-th experience.
     """
 
-    saved = ("stored",)
+    saved = ("stored", "experiences")
 
     def __init__(
         self, mem_size: int, replayed: Callable[[int, int], int], ratio: float | None = None
@@ -75,13 +75,13 @@ class ExperienceReplayPlugin(SupervisedPlugin):
         self.mem_size, self.replayed, self.ratio = mem_size, replayed, ratio
         self.stored: list[Tensor] = []  # images, class labels, task labels, keys
         self.n_replayed = 0  # in the current minibatch
+        self.experiences = 0  # that have been learned
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs):
         """Concatenate stored images, their labels and task labels to the minibatch."""
         self.n_replayed = 0
         if self.stored:
-            done = strategy.clock.train_exp_counter
-            self.n_replayed = self.replayed(len(strategy.mb_x), done)
+            self.n_replayed = self.replayed(len(strategy.mb_x), self.experiences)
             rows = torch.randint(len(self.stored[0]), (self.n_replayed,))
             pairs = zip(strategy.mbatch, self.stored)
             strategy.mbatch = [torch.cat([new, old[rows].to(new.device)]) for new, old in pairs]
@@ -93,3 +93,4 @@ class ExperienceReplayPlugin(SupervisedPlugin):
             new = [torch.cat(pair) for pair in zip(new, self.stored, strict=True)]
         chosen = new[-1].argsort(descending=True)[: self.mem_size]
         self.stored = [part[chosen] for part in new]
+        self.experiences += 1

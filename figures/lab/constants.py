@@ -24,6 +24,7 @@ without_repetition = pydantic.AfterValidator(lambda values: tuple(dict.fromkeys(
 Distinct = Annotated[tuple[T, ...], Field(min_length=1), without_repetition]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "mps", "cuda"] | Annotated[str, Field(pattern=r"^cuda:\d+$")]
+Cores = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 
@@ -53,11 +54,15 @@ def checked(kind: type[Constants], values: dict) -> Constants:
     for name in values.keys() - kind.model_fields.keys():
         raise UserError(unknown(name, kind.model_fields))
     try:
-        return kind(**values)
+        constants = kind(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name, value = first["loc"][0], repr(first["input"])
         raise UserError(f"{name} is {value[:80]}: {first['msg']}; see --help") from None
+    for name, value in constants:
+        if isinstance(value, int) and value > 10**9:
+            raise UserError(f"{name} is {value}: no machine can do that")
+    return constants
 
 
 def unknown(word: str, names: Iterable[str], where: str = "--help") -> str:

@@ -396,10 +396,13 @@ def load_in_memory(benchmark: CLScenario) -> CLScenario:
     The transforms are applied once: a random one gives each image one variant for the whole run.
     All streams stay, and so do class labels; task labels become 0, because there is one head.
     """
-    streams = benchmark.streams.items()
-    return in_memory_benchmark(
-        **{name: [tensors_of(experience)[:2] for experience in stream] for name, stream in streams}
-    )
+    streams = {
+        name: [tensors_of(experience)[:2] for experience in stream]
+        for name, stream in benchmark.streams.items()
+    }
+    for name in {"train", "test"} - streams.keys():
+        raise ValueError(f"the benchmark has no {name} stream")
+    return in_memory_benchmark(**streams)
 
 
 def tensors_of(experience: DatasetExperience) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,8 +26,9 @@ class ProgressBar(SupervisedPlugin):
     def before_training_exp(self, strategy: SupervisedTemplate, **kwargs):
         """Begin a bar; remove one that an interrupted experience has left."""
         self.close()
-        experience = strategy.experience
-        place = f"{experience.current_experience + 1}/{len(experience.origin_stream)}"
+        place = f"{strategy.experience.current_experience + 1}"
+        if hasattr(stream := strategy.experience.origin_stream, "__len__"):  # it isn't online
+            place += f"/{len(stream)}"
         self.bar = tqdm(
             total=strategy.train_epochs * len(strategy.dataloader),
             desc=f"experience {place}, {self.name}",

@@ -24,7 +24,8 @@ def by_experience(metrics: dict, name: str, stream: str = "test_stream") -> list
     Avalanche's `eval` returns what it has last measured on other streams too.
     """
     beginning = f"{name}/eval_phase/{stream}/"
-    return [float(value) for key, value in sorted(metrics.items()) if key.startswith(beginning)]
+    values = {key: float(of) for key, of in metrics.items() if key.startswith(beginning)}
+    return [values[key] for key in sorted(values, key=lambda key: int(key.split("/Exp")[-1]))]
 
 
 def forgetting(matrix: list[list[float]]) -> float:

@@ -7,6 +7,7 @@ from and, once it is finished, its arrays and its record.
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from collections import defaultdict
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 # What the numbers of a run depend on, beside its constants: the text of these files.
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("figures/lab/*.py"))]
 SCRIPTS.append(ROOT / "figures" / "generators.py")
+CODE = [path.read_bytes() for path in SCRIPTS]  # as it is imported: an edit counts from then on
 # Constants that say where runs take place, and how many at a time: they don't count in the name of
 # a folder, although the number of threads changes rounding, and a GPU the random numbers too.
 ELSEWHERE = {
@@ -90,8 +92,9 @@ class Run:
         self, constants: Constants, images: Images, strategy: str, seed: int,
         name: str = "", generator: str = "",
     ):  # fmt: skip
-        deciding = constants.model_dump(exclude=ELSEWHERE), generator
-        digest = joblib.hash((deciding, [path.read_bytes() for path in SCRIPTS]))[:8]
+        if generator == "<lambda>":
+            raise UserError("make_generator has to have a name, as the folder's depends on it")
+        digest = joblib.hash(((constants.model_dump(exclude=ELSEWHERE), generator), CODE))[:8]
         folder = f"{images.name}-{strategy}-{digest}-seed{seed}"
         self.folder = Path(constants.RESULTS_DIR) / folder
         self.path = self.folder / ("generator.json" if strategy == "generator" else "results.json")
@@ -138,7 +141,7 @@ class Run:
         self.lock.release()
         if isinstance(error, FloatingPointError):
             raise UserError(f"{self.title}: {error}; try a lower LEARNING_RATE") from error
-        if isinstance(error, RuntimeError) and "memory" in str(error):
+        if isinstance(error, RuntimeError) and re.search("memory|overflow", str(error)):
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.title}: {reason}; make the layers smaller") from error
 
