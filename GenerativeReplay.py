@@ -90,7 +90,6 @@ from figures.lab.runs import Run, setup, side_by_side, with_generator
 from Generator import make_generator_strategy, training_arguments
 from TrainingInstances import (
     DeepGenerativeReplayPlugin,
-    EvaluationOnly,
     GenerativeReplay,
     LossRecorder,
     ReplayTemplate,
@@ -255,7 +254,7 @@ def make_evaluator(logs: Path | None) -> EvaluationPlugin:
     """
     accuracy = accuracy_metrics(experience=True)
     if logs is None:
-        return EvaluationOnly(accuracy)
+        return report.EvaluationOnly(accuracy)
     return EvaluationPlugin(accuracy, loss_metrics(minibatch=True), loggers=TensorboardLogger(logs))
 
 

@@ -33,11 +33,11 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from figures.lab.runs import with_generator  # first: it filters two warnings of Avalanche's
 
 # isort: split
-from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metrics import loss_metrics
-from avalanche.training.plugins import EvaluationPlugin, GenerativeReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import GenerativeReplayPlugin, SupervisedPlugin
 from avalanche.training.templates import SupervisedTemplate
 
+from figures.lab.report import EvaluationOnly
 from GenerativeModel import VAE, GenerativeModel, negative_elbo, reconstruction_error
 
 # --- Replay ---------------------------------------------------------------------------------------
@@ -83,9 +83,10 @@ class DeepGenerativeReplayPlugin(GenerativeReplayPlugin):
         n·(k - 1) at the k-th experience for the solver, whose past weighs more and more (see
         `ratio`) and needs a less noisy gradient.
     :param increasing_replay_size: double it (None: n) at each experience after the second instead.
-    :param ratio: r in [0, 1], the weight of the current data; None: 1/k at the k-th experience.
+    :param ratio: r in [0, 1], the weight of the current data, in a `ReplayTemplate`; None: 1/k at
+        the k-th experience.
     :param temperature: T of the soft targets, softmax(logits / T) of the old solver (Hinton et al.
-        2015, arXiv 1503.02531, eq. 1); None: hard labels.
+        2015, arXiv 1503.02531, eq. 1), in `GenerativeReplay`; None: hard labels.
     :raises TypeError: if the generator's strategy has no `GenerativeModel`.
     """
 
@@ -495,26 +496,3 @@ class LossRecorder(SupervisedPlugin):
                 f"the loss of the {self.name} is {loss} at experience "
                 f"{strategy.experience.current_experience + 1}, iteration {len(self.losses)}"
             )
-
-
-class EvaluationOnly(EvaluationPlugin):
-    """Evaluate, and skip the hooks of a training iteration.
-
-    Avalanche's plugin copies the experience at each of them, a third of a millisecond per iteration
-    even if no metric listens.
-    """
-
-    def publish_metric_value(self, mval: MetricValue):
-        """Publish a metric of evaluation.
-
-        :raises ValueError: if it is one of training, whose hooks are skipped.
-        """
-        if "/train_phase/" in mval.name:
-            raise ValueError(f"{mval.name} needs Avalanche's EvaluationPlugin as evaluator")
-        super().publish_metric_value(mval)
-
-    def skip(self, strategy: SupervisedTemplate, **kwargs):
-        """Do nothing."""
-
-    before_training_iteration = before_forward = after_forward = before_backward = skip
-    after_backward = before_update = after_update = after_training_iteration = skip

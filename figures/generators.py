@@ -28,7 +28,6 @@ from GenerativeModel import VAE, GenerativeModel
 from Generator import make_generator_strategy, training_arguments
 from TrainingInstances import (
     DeepGenerativeReplayPlugin,
-    EvaluationOnly,
     ReplayAlignmentPlugin,
     ReplayTemplate,
     VAETraining,
@@ -196,7 +195,7 @@ class WGANTraining(ReplayTemplate):
     def __init__(self, *, n_critic: int = 5, **base_kwargs):
         self.n_critic = n_critic
         base_kwargs["bfloat16"] = False  # too coarse for differences of the critic's large scores
-        base_kwargs.setdefault("evaluator", EvaluationOnly(loss_metrics(experience=True)))
+        base_kwargs.setdefault("evaluator", report.EvaluationOnly(loss_metrics(experience=True)))
         super().__init__(**base_kwargs)
 
     def loss_per_image(self) -> Tensor:

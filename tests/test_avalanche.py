@@ -23,6 +23,7 @@ from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 import GenerativeReplay
 import TrainingInstances
 from figures.lab.data import load_in_memory
+from figures.lab.report import EvaluationOnly
 
 SMALL = {"HIDDEN_UNITS": 16, "ITERATIONS": 6, "BATCH_SIZE": 16}
 
@@ -122,7 +123,7 @@ def test_another_plugin_takes_effect_beside_replay(without_effect, plugin):
 def test_a_metric_of_training_needs_avalanches_evaluator():
     stream = benchmark.synthetic(3, 40)
     scholar = GenerativeReplay.make_scholar(stream, CONSTANTS.changed(**SMALL), "naive")
-    scholar.plugins.append(TrainingInstances.EvaluationOnly(accuracy_metrics(epoch=True)))
+    scholar.plugins.append(EvaluationOnly(accuracy_metrics(epoch=True)))
     with pytest.raises(ValueError, match="Top1_Acc_Epoch/train_phase.* needs Avalanche's Eval"):
         scholar.train(stream.train_stream[0])
 

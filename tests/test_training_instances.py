@@ -23,6 +23,7 @@ from figures.lab import runs
 from figures.lab.baselines import ExperienceReplayPlugin, JointPlugin
 from figures.lab.data import in_memory_benchmark
 from figures.lab.progress import ProgressBar
+from figures.lab.report import EvaluationOnly
 from GenerativeModel import VAE, ClassConditionalGMM, negative_elbo, reconstruction_error
 from GenerativeReplay import TrainOnly
 from TrainingInstances import (
@@ -90,7 +91,7 @@ def rows(notes):
 
 def make_solver(strategy=GenerativeReplay, plugins=(), **settings):
     solver, spy = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)), Spy()
-    settings = {"train_mb_size": BATCH, "evaluator": instances.EvaluationOnly()} | settings
+    settings = {"train_mb_size": BATCH, "evaluator": EvaluationOnly()} | settings
     settings["plugins"] = [spy, instances.LossRecorder("solver"), *plugins]
     optimizer = torch.optim.Adam(solver.parameters())
     return strategy(model=solver, optimizer=optimizer, **settings), spy

@@ -8,6 +8,9 @@ from statistics import mean, stdev
 
 import torch
 from avalanche.benchmarks import CLStream
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates import SupervisedTemplate
 from sklearn.metrics import confusion_matrix
 from torch.nn import Module
 
@@ -16,6 +19,29 @@ from figures.lab.data import tensors_of
 from figures.lab.runs import read_record
 
 # --- One run --------------------------------------------------------------------------------------
+
+
+class EvaluationOnly(EvaluationPlugin):
+    """Evaluate, and skip the hooks of a training iteration.
+
+    Avalanche's plugin copies the experience at each of them, a third of a millisecond per iteration
+    even if no metric listens.
+    """
+
+    def publish_metric_value(self, mval: MetricValue):
+        """Publish a metric of evaluation.
+
+        :raises ValueError: if it is one of training, whose hooks are skipped.
+        """
+        if "/train_phase/" in mval.name:
+            raise ValueError(f"{mval.name} needs Avalanche's EvaluationPlugin as evaluator")
+        super().publish_metric_value(mval)
+
+    def skip(self, strategy: SupervisedTemplate, **kwargs):
+        """Do nothing."""
+
+    before_training_iteration = before_forward = after_forward = before_backward = skip
+    after_backward = before_update = after_update = after_training_iteration = skip
 
 
 def by_experience(metrics: dict, name: str, stream: str = "test_stream") -> list[float]:
