@@ -252,7 +252,7 @@ def test_a_loss_that_is_no_number_ends_the_run(script, change, what, tmp_path):
 
 
 def test_layers_that_do_not_fit_into_the_memory_end_the_run(tmp_path):
-    done = run("GenerativeReplay.py", *options(HIDDEN_UNITS=10**12), cwd=tmp_path)
+    done = run("GenerativeReplay.py", *options(HIDDEN_UNITS=10**9), cwd=tmp_path)
     assert done.returncode == 2 and "allocate memory" in one_line(done.stderr)
     assert done.stderr.endswith("; make the layers smaller\n")
 

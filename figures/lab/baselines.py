@@ -27,7 +27,7 @@ class JointPlugin(SupervisedPlugin):
         self.replayed, self.batch_size = replayed, None
 
     def after_train_dataset_adaptation(self, strategy: SupervisedTemplate, **kwargs):
-        """Join the data of the experience and of all before it."""
+        """Join the data of the experience and of all before it in its stream."""
         current, done = strategy.experience, strategy.clock.train_exp_counter
         so_far = current.origin_stream[: current.current_experience + 1]
         tensors = zip(*map(tensors_of, so_far))
