@@ -126,7 +126,8 @@ def test_samples_have_mean_covariance_and_clusters_of_the_encodings():
 def test_small_classes_get_fewer_gaussians_and_a_single_image_none():
     density = ClassConditionalGMM(components=10, latent_size=2)
     y = torch.tensor([0] * 4 + [1] * 15 + [2] * 300 + [3])
-    groups = torch.cat([torch.arange(n) % count for n, count in ((4, 1), (15, 3), (300, 10), (1, 1))])
+    sizes = ((4, 1), (15, 3), (300, 10), (1, 1))  # images of a class, and groups of them
+    groups = torch.cat([torch.arange(n) % count for n, count in sizes])
     density.fit(9 * groups[:, None] + torch.randn(len(y), 2), y)  # no cluster of a single image
     assert density.labels.tolist() == [0, 1, 2]
     assert density.mixtures.bincount().tolist() == [1, 3, 10]
