@@ -258,8 +258,6 @@ class ClassConditionalGMM(nn.Module):
             weights = self.weights * (self.labels == label)[self.mixtures]
             rows = (y == label).nonzero().flatten()
             chosen = torch.multinomial(weights, len(rows), replacement=True)
-            mean, scale = self.means[chosen], self.scales[self.labels == label]
-            if len(scale) > 1:  # the class has returned
-                scale = self.scales[self.mixtures[chosen]]
+            mean, scale = self.means[chosen], self.scales[self.mixtures[chosen]]
             z[rows] = mean + (scale @ torch.randn_like(mean)[..., None])[..., 0]  # mean + L·ε
         return z
